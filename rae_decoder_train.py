@@ -1,0 +1,472 @@
+"""Stage 1 of RAE: train a ViT decoder that turns the frozen encoder's latents back into images.
+
+Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 3, 4.3.
+Noise is added to the latents in training, so that the decoder forgives what stage 2 will generate.
+
+    torchrun rae_decoder_train.py
+    torchrun --nproc_per_node 8 rae_decoder_train.py --preset imagenet256 --data imagenet/train
+    torchrun rae_decoder_train.py --data my_images --image-size 64 --encoder dinov2-small --decoder ViT-S
+
+The first line is the demo: it draws its own images and takes about two minutes on a laptop's CPU.
+Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+
+import lpips
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from rae_encoder import (
+    ALIASES,
+    DEMO,
+    Encoder,
+    ImageData,
+    add_common_flags,
+    draw_demo,
+    even_order,
+    load_images,
+    parse_with_presets,
+    read_weights,
+    training_order,
+)
+
+#              width  depth  heads  MLP
+DECODERS = {
+    "ViT-demo": (128, 4, 4, 512),
+    "ViT-S": (384, 12, 6, 1536),
+    "ViT-B": (768, 12, 12, 3072),
+    "ViT-L": (1024, 24, 16, 4096),
+    "ViT-XL": (1152, 28, 16, 4096),
+}
+
+# Paper, appendix: 16 epochs of 512 images, AdamW 2e-4 down to 2e-5, EMA 0.9978, tau 0.8.
+IMAGENET = dict(
+    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1,
+    lpips_weights="hub",
+    batch_size=512, accum=1, epochs=16, warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, precision="bf16",
+    log_every=100, preview_every=2500, save_every=2500, workers=8, seed=0, out="runs/decoder",
+)  # fmt: skip
+PRESETS = {
+    "demo": IMAGENET | DEMO | dict(
+        decoder="ViT-demo", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", batch_size=32, epochs=4,
+        lr=1e-3, ema=0.99, log_every=20, preview_every=100, save_every=100, workers=2,
+    ),
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET | dict(image_size=512),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- decoder
+
+
+def sincos_position(width, grid):
+    """Fixed 2-D position embedding (1, 1 + N, width), zeros for the class token, as in MAE.
+
+    The first half of the channels encodes the column, the last the row; omega_k = 10000^(-k / (width / 4)).
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, W/2)
+    tokens = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)  # (N, W)
+    return F.pad(tokens, (0, 0, 1, 0)).float()[None]
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block (B, 1 + N, W); nested so that its state dict has the released names."""
+
+    def __init__(self, width, heads, mlp):
+        super().__init__()
+        self.heads = heads
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        attention_output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.attention = nn.ModuleDict({"attention": projections, "output": attention_output})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(mlp, width)})
+        self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
+        self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x):
+        h = self.layernorm_before(x)
+        projections = self.attention["attention"]
+        q, k, v = (
+            projections[name](h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1 + N, W/heads)
+            for name in ("query", "key", "value")
+        )
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, 1 + N, W)
+        x = x + self.attention["output"]["dense"](h)
+        h = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
+        return x + self.output["dense"](h)
+
+
+class Decoder(nn.Module):
+    """ViT decoder: un-normalised latents (B,C,g,g) -> images (B,3,S,S) in about [0,1] (section 3.2).
+
+    Args:
+        name: a row of DECODERS.
+        channels: token width C of the encoder.
+        grid: tokens a side G of the decoder; latents of another grid are interpolated.
+        patch_size: pixels a side of a token, so that S = G * patch_size.
+        mean, std: of the encoder, three numbers each: the network works on normalised pixels.
+
+    Raises SystemExit for an unknown name.
+    """
+
+    def __init__(self, name, channels, grid, patch_size, mean, std):
+        super().__init__()
+        if name not in DECODERS:
+            raise SystemExit(f"--decoder {name}: not one of {', '.join(DECODERS)}")
+        width, depth, heads, mlp = DECODERS[name]
+        self.grid, self.patch_size = grid, patch_size
+        self.decoder_embed = nn.Linear(channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", sincos_position(width, grid))
+        self.decoder_layers = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, z):
+        x = self.decoder_embed(z.flatten(2).mT)  # (B, g*g, W)
+        if z.shape[-1] != self.grid:
+            x = x.mT.unflatten(2, z.shape[-2:])  # (B, W, g, g)
+            x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
+            x = x.flatten(2).mT  # (B, N, W)
+        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_layers:
+            x = block(x)
+        x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p*p*3)
+        x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, 3))
+        x = torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3)  # (B, 3, S, S)
+        return x * self.std + self.mean
+
+
+def load_decoder(path, encoder="dinov2-base"):
+    """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or a released bare state dict.
+
+    A bare file tells its sizes by its shapes and has config {}; the pixels' mean and std are then those of
+    `encoder`. Raises SystemExit for any other file.
+    """
+    file = read_weights(path)
+    if file.get("format") == "rae-decoder/1":
+        decoder = Decoder(**file["config"]["decoder"])
+        decoder.load_state_dict(file["ema"])
+        return decoder.eval(), file["config"]
+    for level in ("ema", "model", "module", "state_dict"):
+        file = file.get(level, file)
+    state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
+    try:
+        width, channels = state["decoder_embed.weight"].shape
+        name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
+        position = state.get("decoder_pos_embed")
+        grid = (
+            math.isqrt(position.shape[1] - 1) if position is not None else 16
+        )  # that of all 256 px releases
+        patch_size = math.isqrt(len(state["decoder_pred.weight"]) // 3)
+        pixels = timm.get_pretrained_cfg(ALIASES.get(encoder, encoder))
+        decoder = Decoder(name, channels, grid, patch_size, pixels.mean, pixels.std)
+        defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
+        decoder.load_state_dict(defaults | state)
+    except (KeyError, StopIteration, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(
+            f"{path}: neither a rae-decoder/1 checkpoint nor a released decoder ({reason})"
+        ) from None
+    return decoder.eval(), {}
+
+
+# ------------------------------------------------------------------------------------------------ step
+
+
+def perceptual_loss(weights):
+    """LPIPS on VGG-16 (Zhang et al. 2018), images in [-1,1]; weights: "hub" (torchvision's) or "random"."""
+    warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by deprecated names
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # untrained weights are the same on every rank and after a resume
+            network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
+    except OSError as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise SystemExit(
+            f"LPIPS: vgg16-397923af.pth can't be had from download.pytorch.org ({error}): put it into "
+            f"{folder}, or go without by --lpips-weight 0"
+        ) from None
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def learning_rate(step, steps, warmup, lr, final_lr):
+    """Linear warm-up over `warmup` steps, then a cosine that reaches final_lr at `steps`."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def train_step(decoder, encoder, perceptual, optimizer, images, args):
+    """One update by images (B,3,S,S) in `accum` micro-batches; returns means [loss, L1, LPIPS] over them."""
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    with autocast:
+        z = encoder(images)  # (B, C, G, G)
+    # Section 4.3, as released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
+    sigma = args.noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
+    z = z + sigma * torch.randn_like(z)
+    losses = torch.zeros(3, device=z.device)
+    optimizer.zero_grad()
+    for k, (x, z_k) in enumerate(zip(images.chunk(args.accum), z.chunk(args.accum), strict=True)):
+        decoder.require_backward_grad_sync = k == args.accum - 1  # DDP exchanges gradients once a step
+        with autocast:
+            xhat = decoder(z_k)
+            lpips_loss = (
+                perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else xhat.new_zeros(())
+            )
+        l1_loss = (xhat - x).abs().mean()
+        loss = l1_loss + args.lpips_weight * lpips_loss
+        (loss / args.accum).backward()
+        losses += torch.stack([loss, l1_loss, lpips_loss]).detach() / args.accum
+    optimizer.step()
+    return sum_over_ranks(losses) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+@torch.no_grad()
+def save_preview(path, decoder, encoder, images):
+    """PNG with the originals (B,3,S,S) over their reconstructions."""
+    rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
+    pixels = (rows.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
+    Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------------- ranks, checkpoints
+
+
+def join_ranks():
+    """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def sum_over_ranks(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def open_log(folder):
+    """Returns log(step, record): a line of metrics.jsonl, and TensorBoard events where that is installed."""
+    file, board = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1), None  # noqa: SIM115
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder)
+
+    def log(step, record):
+        print(json.dumps({"step": step} | record), file=file)
+        for name, value in record.items() if board else ():
+            board.add_scalar(name, value, step)
+
+    return log
+
+
+def save(checkpoint, path):
+    """Written beside it, flushed, renamed over it: a reader never sees half a file."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def resume(path, config, **state):
+    """Loads what `save` wrote into the networks and optimizers of `state` and returns the step."""
+    checkpoint = read_weights(path)
+    if checkpoint.get("format") != "rae-decoder/1":
+        raise SystemExit(f"--resume {path}: not a rae-decoder/1 checkpoint")
+    for key, value in config.items():
+        if checkpoint["config"][key] != value:
+            was = checkpoint["config"][key]
+            raise SystemExit(
+                f"{path} has {key} {was}, this run {value}: give the same flags or another --out"
+            )
+    for name, owner in state.items():
+        owner.load_state_dict(checkpoint[name])
+    return checkpoint["step"]
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def build(args):
+    """Returns (encoder, decoder, config); config is what later stages need to know of them."""
+    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
+    patch_size = args.patch_size or args.image_size / encoder.grid
+    if args.image_size % patch_size or patch_size % 1:
+        raise SystemExit(
+            f"--image-size {args.image_size} is no multiple of the patch: {encoder.grid} tokens a side, "
+            f"patch size {patch_size:g}; change --image-size, --encoder-size or --patch-size"
+        )
+    patch_size = int(patch_size)
+    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
+    network = dict(name=args.decoder, channels=encoder.width, grid=args.image_size // patch_size)
+    network |= dict(patch_size=patch_size, mean=mean, std=std)
+    config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
+    config |= dict(encoder_size=encoder.encoder_size, decoder=network)
+    config["latent_shape"] = [encoder.width, encoder.grid, encoder.grid]
+    return encoder, Decoder(**network), config
+
+
+def check_batch(args, num_images, world):
+    """Steps an epoch. Raises SystemExit for a batch that data, ranks or micro-batches can't share."""
+    if num_images < args.batch_size:
+        raise SystemExit(
+            f"--data {args.data}: {num_images} images, fewer than --batch-size {args.batch_size}"
+        )
+    if args.batch_size % (world * args.accum):
+        raise SystemExit(
+            f"--batch-size {args.batch_size} is no multiple of {world} ranks x {args.accum} --accum"
+        )
+    return num_images // args.batch_size
+
+
+def say_what_runs(args, data, config, network, devices, step, steps):
+    demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
+    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    print(
+        f"{demo}{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> {args.decoder} "
+        f"({parameters:.1f} M parameters); {devices}, {args.precision}; step {step} of {steps}",
+        file=sys.stderr,
+    )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = join_ranks()
+    if args.data == DEMO["data"] and rank == 0 and not os.path.exists(args.data):
+        draw_demo(args.data)
+    if world > 1:
+        dist.barrier()
+    data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
+    steps_per_epoch = check_batch(args, len(data), world)
+    steps = args.steps or round(args.epochs * steps_per_epoch)
+    warmup = max(1, round(args.warmup_epochs * steps_per_epoch))
+
+    torch.manual_seed(args.seed)
+    encoder, decoder, config = build(args)
+    encoder, decoder = encoder.to(device), decoder.to(device)
+    ema = copy.deepcopy(decoder).requires_grad_(False)
+    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
+    adam = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), **adam)
+    state = dict(model=decoder, ema=ema, optimizer=optimizer)
+
+    last = os.path.join(args.out, "last.pt")
+    source = args.resume or (last if os.path.exists(last) else None)
+    step = resume(source, config, **state) if source else 0
+    if args.compile:
+        decoder.compile()
+    model = DistributedDataParallel(decoder) if world > 1 else decoder
+    if rank == 0:
+        os.makedirs(args.out, exist_ok=True)
+        log = open_log(args.out)
+        say_what_runs(args, data, config, decoder, f"{world} x {device.type}", step, steps)
+        plain = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
+        shown, _ = next(load_images(plain, even_order(len(plain), 8, 8), device))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
+    progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+    for images, _ in load_images(data, order, device, args.workers):
+        # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr, args.final_lr)
+        window += train_step(model, encoder, perceptual, optimizer, images, args)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(decoder.parameters()), 1 - args.ema)
+        step += 1
+        progress.update()
+        # Ranks must leave together, though a signal reaches them one by one.
+        stopped = sum_over_ranks(torch.tensor(float(stop.is_set()), device=device)).item() > 0
+        final = stopped or step == steps
+        if rank == 0 and (step % args.log_every == 0 or final):
+            loss, l1, lpips_loss = (window / (step - window_step)).tolist()
+            rate = (step - window_step) * args.batch_size / (time.time() - window_time)
+            log(step, dict(loss=loss, l1=l1, lpips=lpips_loss, lr=lr, images_per_s=round(rate, 1)))
+            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
+            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+        if rank == 0 and (step % args.preview_every == 0 or final):
+            save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), ema, encoder, shown)
+        if rank == 0 and (step % args.save_every == 0 or final):
+            checkpoint = {name: owner.state_dict() for name, owner in state.items()}
+            checkpoint |= dict(format="rae-decoder/1", config=config, step=step, args=vars(args))
+            save(checkpoint, last)
+            if args.keep_every and step % args.keep_every == 0:
+                shutil.copyfile(last, os.path.join(args.out, f"{step:07d}.pt"))
+        if stopped:
+            break
+    progress.close()
+
+    broken = int(sum_over_ranks(data.broken.to(device).float()).count_nonzero())
+    if rank == 0:
+        done = "" if step == steps else "; stopped, the same command goes on from here"
+        replaced = f"; {broken} broken images were replaced by others" if broken else ""
+        print(f"{last}: step {step} of {steps}{replaced}{done}", file=sys.stderr)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_common_flags(parser)
+    add = parser.add_argument
+    add("--decoder", help=", ".join(DECODERS))
+    add("--patch-size", type=int, help="pixels a side of a decoder token; default image size / tokens a side")
+    add("--noise-tau", type=float, help="latent noise: sigma ~ U(0, tau) for each image")
+    add("--lpips-weight", type=float, help="0 goes without LPIPS")
+    add("--lpips-weights", choices=["hub", "random"], help="VGG-16: torchvision's, or untrained")
+    add("--accum", type=int, help="micro-batches a step")
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="instead of --epochs")
+    add("--warmup-epochs", type=float, help="linear warm-up of the learning rate")
+    add("--lr", type=float, help="AdamW's learning rate")
+    add("--final-lr", type=float, help="where the cosine ends")
+    add("--ema", type=float, help="decay of the averaged weights, a step")
+    add("--compile", action="store_true", help="torch.compile the decoder")
+    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
+    add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
+    add("--log-every", type=int, help="steps")
+    add("--preview-every", type=int, help="steps")
+    add("--save-every", type=int, help="steps between writes of last.pt")
+    add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
+    return parse_with_presets(parser, PRESETS, argv)
+
+
+if __name__ == "__main__":
+    main()

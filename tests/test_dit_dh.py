@@ -1,0 +1,293 @@
+"""The velocity networks against naive formulas, known parameter counts and the released files' names."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import dit_dh
+
+SMALL = {
+    "DiT": {"width": 32, "depth": 3, "heads": 4},
+    "DiT-DH": {"width": 32, "depth": 3, "heads": 4, "head_width": 48, "head_depth": 2, "head_heads": 2},
+}
+SHAPE, CLASSES = (6, 4, 4), 5
+
+
+def small(family, **sizes):
+    """A small network of random weights, those that start at zero included, with inputs for it."""
+    torch.manual_seed(0)
+    model = dit_dh.build(f"{family}-S", SHAPE, CLASSES, **(SMALL[family] | sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, (torch.randn(3, *SHAPE), torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 3, CLASSES]))
+
+
+# The network once more, in float64, an image and a token at a time; w holds the state dict.
+
+
+def linear(w, name, x):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def rms(w, name, x):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+
+def rotate(z, row, column):
+    """One head's vector: its channels as complex numbers, turned by row, then by column."""
+    quarter = len(z) // 4
+    turns = [p * 10000 ** (-2 * j / (len(z) / 2)) for p in (row, column) for j in range(quarter)]
+    turn = torch.polar(torch.ones(2 * quarter, dtype=z.dtype), torch.tensor(turns, dtype=z.dtype))
+    return torch.view_as_real(torch.view_as_complex(z.reshape(-1, 2).contiguous()) * turn).flatten()
+
+
+def naive_attention(w, name, x, heads):
+    tokens, width = x.shape
+    grid = math.isqrt(tokens)
+    qkv = linear(w, f"{name}.qkv", x).reshape(tokens, 3, heads, width // heads)
+    out = torch.zeros(tokens, heads, width // heads, dtype=x.dtype)
+    for h in range(heads):
+        q, k = (
+            torch.stack([rotate(qkv[n, i, h], n // grid, n % grid) for n in range(tokens)]) for i in (0, 1)
+        )
+        scores = (q @ k.T / math.sqrt(width // heads)).exp()
+        out[:, h] = scores / scores.sum(1, keepdim=True) @ qkv[:, 2, h]
+    return linear(w, f"{name}.proj", out.flatten(1))
+
+
+def naive_block(w, name, x, c, heads):
+    a1, b1, g1, a2, b2, g2 = linear(w, f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+    x = x + g1 * naive_attention(w, f"{name}.attn", rms(w, f"{name}.norm1", x) * (1 + b1) + a1, heads)
+    first, second = linear(w, f"{name}.mlp.w12", rms(w, f"{name}.norm2", x) * (1 + b2) + a2).chunk(2, -1)
+    return x + g2 * linear(w, f"{name}.mlp.w3", F.silu(first) * second)
+
+
+def position(width, grid):
+    def axis(p):
+        angles = [p * 10000 ** (-k / (width / 4)) for k in range(width // 4)]
+        return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+
+    rows = [axis(n % grid) + axis(n // grid) for n in range(grid**2)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def naive_velocity(model, family, x, t, y):
+    """One image x (C, G, G), one time, one label."""
+    w, sizes = {key: value.double() for key, value in model.state_dict().items()}, model.sizes
+    grid, width, depth = x.shape[1], sizes["width"], sizes["depth"]
+    x, t = x.double().flatten(1).T, t.double()
+
+    def embed(name):
+        return x @ w[f"{name}.proj.weight"].flatten(1).T + w[f"{name}.proj.bias"]
+
+    angle = 2 * math.pi * t * w["t_embedder.W"]
+    t = linear(w, "t_embedder.mlp.0", torch.cat([angle.sin(), angle.cos()]))
+    t = linear(w, "t_embedder.mlp.2", F.silu(t))
+    c = t + w["y_embedder.embedding_table.weight"][y]
+    if family == "DiT":
+        h, c, first = embed("x_embedder") + position(width, grid), c, 0
+        heads, last = sizes["heads"], depth
+    else:
+        s = embed("s_embedder") + position(width, grid)
+        for i in range(depth):
+            s = naive_block(w, f"blocks.{i}", s, F.silu(c), sizes["heads"])
+        c = linear(w, "s_projector", F.silu(t + s))
+        h, first, last, heads = embed("x_embedder"), depth, depth + sizes["head_depth"], sizes["head_heads"]
+    for i in range(first, last):
+        h = naive_block(w, f"blocks.{i}", h, c, heads)
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
+    h = linear(w, "final_layer.linear", rms(w, "final_layer.norm_final", h) * (1 + scale) + shift)
+    return h.T.reshape(-1, grid, grid)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_agrees_with_naive_formulas(family):
+    model, inputs = small(family)
+    with torch.no_grad():
+        velocity = model(*inputs)
+        naive = torch.stack([naive_velocity(model, family, *sample) for sample in zip(*inputs, strict=True)])
+    assert naive.std() > 0.1
+    assert (velocity - naive).abs().max() < 1e-5 * naive.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [("DiT-S", 33.650), ("DiT-B", 131.884), ("DiT-L", 459.923), ("DiT-XL", 677.248)]
+    + [("DiT-DH-S", 196.456), ("DiT-DH-B", 294.296), ("DiT-DH-L", 621.744), ("DiT-DH-XL", 838.676)],
+)
+def test_parameter_counts_of_the_paper(name, millions):
+    with torch.device("meta"):
+        model = dit_dh.build(name, (768, 16, 16), 1000)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
+
+
+def test_state_dict_has_the_released_names_and_shapes():
+    def block(i, width):
+        hidden = int(2 / 3 * 4 * width)
+        layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.w12": (2 * hidden, width)}
+        layers |= {"mlp.w3": (width, hidden), "adaLN_modulation.1": (6 * width, width)}
+        names = {f"blocks.{i}.norm{n}.weight": (width,) for n in (1, 2)}
+        return names | both({f"blocks.{i}.{layer}": shape for layer, shape in layers.items()})
+
+    def both(layers):
+        biases = {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+        return {f"{name}.weight": shape for name, shape in layers.items()} | biases
+
+    def network(width, head_width):
+        names = both({"x_embedder.proj": (head_width, 6, 1, 1)})
+        names |= both({"t_embedder.mlp.0": (width, 512), "t_embedder.mlp.2": (width, width)})
+        names |= both({"final_layer.linear": (6, head_width)})
+        names |= both({"final_layer.adaLN_modulation.1": (2 * head_width, head_width)})
+        names |= {"final_layer.norm_final.weight": (head_width,), "pos_embed": (1, 16, width)}
+        return names | {"t_embedder.W": (256,), "y_embedder.embedding_table.weight": (6, width)}
+
+    def rope(name, size):
+        return {f"{name}.freqs_cos": (16, size), f"{name}.freqs_sin": (16, size)}
+
+    dit = network(32, 32) | rope("feat_rope", 8) | block(0, 32) | block(1, 32) | block(2, 32)
+    dh = network(32, 48) | rope("enc_feat_rope", 8) | rope("dec_feat_rope", 24)
+    dh |= both({"s_embedder.proj": (32, 6, 1, 1), "s_projector": (48, 32)})
+    dh |= block(0, 32) | block(1, 32) | block(2, 32) | block(3, 48) | block(4, 48)
+    for family, names in (("DiT", dit), ("DiT-DH", dh)):
+        assert {key: tuple(value.shape) for key, value in small(family)[0].state_dict().items()} == names
+
+
+def test_start():
+    """Velocity 0; Xavier and zero biases where the released code has them, torch's default where not."""
+    torch.manual_seed(0)
+    for family in SMALL:
+        model = dit_dh.build(f"{family}-S", SHAPE, CLASSES, **SMALL[family])
+        assert model(torch.randn(2, *SHAPE), torch.rand(2), torch.tensor([1, 2])).abs().max() == 0
+        assert not any(p.any() for b in model.blocks for p in b.adaLN_modulation.parameters())
+        assert not any(p.any() for p in model.final_layer.adaLN_modulation.parameters())
+        assert not model.x_embedder.proj.bias.any() and model.x_embedder.proj.weight.any()
+        for weight in (
+            model.y_embedder.embedding_table.weight,
+            *(model.t_embedder.mlp[i].weight for i in (0, 2)),
+        ):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+        layer = model.blocks[0].mlp.w12  # uniform within its bound
+        bound = math.sqrt(6 / sum(layer.weight.shape)) if family == "DiT" else 1 / math.sqrt(32)
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+        for module in (model.t_embedder.mlp[0], layer, model.blocks[0].attn.qkv):
+            assert module.bias.any() == (family == "DiT-DH")
+    embedder = dit_dh.build("DiT-DH-S", (768, 4, 4), CLASSES, **SMALL["DiT-DH"]).s_embedder.proj.weight
+    assert embedder.abs().max().item() == pytest.approx(math.sqrt(6 / (768 + 32)), rel=0.02)
+
+
+def test_labels_are_dropped_in_training_alone():
+    embedder = dit_dh.LabelEmbedder(CLASSES, 1)
+    embedder.embedding_table.weight.data = torch.arange(CLASSES + 1.0)[:, None]
+    y = torch.full((20000,), 2)
+    torch.manual_seed(0)
+    labels = embedder(y)[:, 0]
+    assert set(labels.tolist()) == {2, CLASSES}
+    assert (labels == CLASSES).float().mean() == pytest.approx(0.1, abs=0.01)  # 5 standard deviations
+    torch.manual_seed(0)
+    assert torch.equal(embedder(y)[:, 0], labels)
+    assert (embedder.eval()(y) == 2).all()
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_recomputed_activations_give_the_same_gradients(family):
+    gradients = []
+    for recompute in (False, True):
+        model, inputs = small(family)
+        model.train().checkpoint_activations = recompute
+        torch.manual_seed(1)
+        model(*inputs).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_bf16_autocast_is_close_to_fp32():
+    model, inputs = small("DiT-DH")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = model(*inputs)
+    exact = model(*inputs)
+    assert (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_norm_is_computed_in_fp32():
+    """Squares of these would overflow or vanish in half precision."""
+    norm, x = dit_dh.RMSNorm(8), torch.tensor([[6e4] * 8, [1e-2] * 8], dtype=torch.float16)
+    zero = torch.zeros(2, 8, dtype=torch.float16)
+    assert torch.allclose(norm(x, zero, zero), torch.ones(()).half(), rtol=0.006)
+
+
+@pytest.mark.parametrize("level", ["bare", "ema", "nested", "safetensors"])
+@pytest.mark.parametrize("family", ["DiT", "DiT-DH", "DiT-DH of one width", "DiT-DH with patches"])
+def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, level):
+    special = {"DiT-DH of one width": {"head_width": 32}, "DiT-DH with patches": {"patch": 2}}
+    model, inputs = small(family.split()[0], **special.get(family, {}))
+    state, file = model.state_dict(), tmp_path / "model.pt"
+    other = {key: torch.zeros_like(value) for key, value in state.items()}
+    if level == "safetensors":
+        file = tmp_path / "model.safetensors"
+        save_file(state, file)
+    else:
+        nested = {"model": {"state_dict": {f"module.{key}": value for key, value in state.items()}}}
+        torch.save({"bare": state, "ema": {"model": other, "ema": state}, "nested": nested}[level], file)
+    loaded = dit_dh.load(file)
+    assert not loaded.training and type(loaded) is type(model)
+    assert (loaded.sizes, loaded.latent_shape, loaded.num_classes) == (model.sizes, SHAPE, CLASSES)
+    assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path):
+    # A head of one block and the body's width: only the config knows.
+    model, inputs = small("DiT-DH", head_width=32, head_depth=1)
+    state = model.state_dict()
+    config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES, "sizes": model.sizes}
+    online = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save(
+        {"format": "rae-flow/1", "config": config, "model": online, "ema": state, "step": 3},
+        tmp_path / "last.pt",
+    )
+    loaded = dit_dh.load(tmp_path / "last.pt")
+    assert loaded.sizes == model.sizes and torch.equal(loaded(*inputs), model(*inputs))
+
+
+class KeepInput(torch.nn.Module):
+    def forward(self, x, *condition):
+        return x
+
+
+def test_patches_follow_the_convolution_and_the_order_row_column_channel():
+    x = torch.randn(2, 3, 4, 4)
+    embedder = dit_dh.TokenEmbedder(3, 8, 2)
+    assert torch.allclose(embedder(x), embedder.proj(x).flatten(2).transpose(1, 2), atol=1e-6)
+    final = dit_dh.FinalLayer(12, 3, 2)
+    final.linear = torch.nn.Identity()
+    final.norm_final = KeepInput()
+    tokens = torch.stack(
+        [x[:, :, r : r + 2, c : c + 2].permute(0, 2, 3, 1).flatten(1) for r in (0, 2) for c in (0, 2)], 1
+    )
+    assert torch.equal(final(tokens, torch.zeros(2, 1, 12)), x)
+
+
+def test_errors_are_one_line(tmp_path):
+    def message(function, *args, **sizes):
+        with pytest.raises(SystemExit) as error:
+            function(*args, **sizes)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "DiT-SIZE" in message(dit_dh.build, "UNet-S", SHAPE, CLASSES)
+    assert "head_width" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, head_width=64)
+    assert "multiple" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, width=100)
+    assert "head_width 100" in message(dit_dh.build, "DiT-DH-S", SHAPE, CLASSES, head_width=100)
+    for name in ("absent.pt", "absent.safetensors"):
+        assert "no such file; give" in message(dit_dh.load, tmp_path / name)
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    torch.save({"format": "rae-decoder/1", "model": {"a": torch.ones(1)}}, tmp_path / "decoder.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({**small("DiT")[0].state_dict(), "extra": torch.ones(1)}, tmp_path / "extra.pt")
+    for name in ("text.pt", "empty.pt", "text.safetensors", "decoder.pt", "list.pt", "extra.pt"):
+        assert "not a flow checkpoint" in message(dit_dh.load, tmp_path / name)

@@ -1,0 +1,333 @@
+"""fid.py against slow formulas, Pillow, scipy, torchvision, and the numbers of the programs it replaces."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.linalg
+import timm
+import torch
+import torchvision
+from PIL import Image
+
+import fid
+
+# By pytorch-fid 0.3.0, torch-fidelity 0.4.0 (adm) and clean-fid 0.1.35 with the weights and images below:
+# FID by each one's own function; is, prec, rec by torch-fidelity's calculate_metrics(isc_splits=1,
+# samples_shuffle=False, feature_extractor="inception-v3-compat"); then the first features of the first image.
+# clean-fid takes TorchScript: a trace of pytorch-fid's network.
+PEERS = {
+    "adm": ({"fid": 0.36064443, "is": 1.02266545, "prec": 11 / 12, "rec": 1.0}, [0.03948952, 0.20683163]),
+    "pytorch-fid": ({"fid": 0.36639956}, [0.04489471, 0.20604849]),
+    "clean": ({"fid": 0.37512170}, [0.04458951, 0.20594095]),
+}
+NUMBERS = ["fid", "prec", "rec", "num", "ref_num"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two sets of images, a and b, and weights for Inception and for a timm model."""
+    folder = tmp_path_factory.mktemp("fid")
+    images(folder / "a", 12, seed=0)
+    images(folder / "b", 10, seed=1)
+    torch.save(weights(), folder / "inception.pth")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "test_vit.pth")
+    return folder
+
+
+def images(folder, count, seed):
+    """Images of 40 x 32 pixels out of random squares, in two sub-folders."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        squares = np.kron(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+        path = folder / str(i % 2) / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(squares).save(path)
+
+
+def weights():
+    """A random state dict in the published format, with features of a fair scale; drawn in order of names."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, value in sorted(fid.Inception().state_dict().items()):
+        x = torch.empty(value.shape).normal_(generator=generator)
+        if value.ndim == 4:
+            x = (x - x.mean((1, 2, 3), keepdim=True)) * (2 / value[0].numel()) ** 0.5
+        elif value.ndim == 1:
+            x = 1 + 0.3 * x.tanh() if name.endswith(("bn.weight", "running_var")) else 0.1 * x
+        if value.ndim:
+            state[name] = x
+    return state
+
+
+def run(capsys, *argv):
+    """The JSON line of the command."""
+    fid.main([str(word) for word in argv] + ["--json", "--workers", "0"])
+    return json.loads(capsys.readouterr().out)
+
+
+def run_timm(capsys, place, *argv):
+    return run(capsys, *argv, "--features", "test_vit", "--features-weights", place / "test_vit.pth")
+
+
+@pytest.mark.parametrize("protocol", ["adm", "pytorch-fid", "clean"])
+def test_numbers_of_the_programs_it_replaces(place, capsys, protocol):
+    stats, network = place / f"{protocol}.npz", ["--inception-weights", place / "inception.pth"]
+    found = run(
+        capsys, place / "a", "--ref", place / "b", "--protocol", protocol, *network, "--save-stats", stats
+    )
+    expected, first_features = PEERS[protocol]
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(np.load(stats)["features"][0, :2], first_features, rtol=1e-4)
+    assert f"{protocol} inception" in found["by"] and (found["num"], found["ref_num"]) == (12, 10)
+
+
+def test_state_dict_is_torchvisions():
+    theirs = torchvision.models.inception_v3(
+        num_classes=1008, aux_logits=False, init_weights=False
+    ).state_dict()
+    ours = fid.Inception().state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("size", [(20, 31), (400, 310)])
+def test_network_inputs(size):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).permute(
+        2, 0, 1
+    )
+    # TensorFlow 1: each output pixel from four neighbours of index * in/out
+    x, expected = np.asarray(image, np.float64), np.empty((3, 299, 299))
+    for row in range(299):
+        for column in range(299):
+            (i, a), (j, b) = (divmod(k * n / 299, 1) for k, n in ((row, size[0]), (column, size[1])))
+            i, j, i1, j1 = int(i), int(j), min(int(i) + 1, size[0] - 1), min(int(j) + 1, size[1] - 1)
+            top = x[:, i, j] * (1 - b) + x[:, i, j1] * b
+            expected[:, row, column] = top * (1 - a) + (x[:, i1, j] * (1 - b) + x[:, i1, j1] * b) * a
+    adm, clean = (
+        fid.inception_input(image[None], protocol)[0].numpy() * 128 + 128 for protocol in ("adm", "clean")
+    )
+    np.testing.assert_allclose(
+        adm, expected, atol=2e-2
+    )  # fp32 positions: 1e-5 of a pixel, up to 255 levels a pixel
+    pillow = [
+        Image.fromarray(channel.astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+        for channel in x
+    ]
+    np.testing.assert_allclose(clean, np.clip(pillow, 0, 255), atol=1e-4)
+
+
+def random_moments(dimension, count, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, dimension)) @ rng.normal(size=(dimension, dimension)) + rng.normal(
+        size=dimension
+    )
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_frechet_distance():
+    one, two = random_moments(64, 500, 0), random_moments(64, 500, 1)
+    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
+    expected = np.sum((one[0] - two[0]) ** 2) + np.trace(one[1] + two[1] - 2 * root)
+    assert fid.frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-6)
+    assert fid.frechet_distance(*two, *one) == pytest.approx(expected, rel=1e-6)
+    # covariances a I and b I, means d apart: |d|^2 + D (sqrt(a) - sqrt(b))^2
+    assert fid.frechet_distance(np.zeros(8), 4 * np.eye(8), np.ones(8), 9 * np.eye(8)) == pytest.approx(
+        16, rel=1e-12
+    )
+    for count in (3, 40, 500):  # singular ones too
+        mu, sigma = random_moments(64, count, 2)
+        assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma) <= 1e-6 * np.trace(sigma)
+        assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma * (1 + 1e-9)) <= 1e-6 * np.trace(sigma)
+
+
+def test_moments_are_numpys():
+    x = np.random.default_rng(0).normal(100, 0.01, (3000, 5)).astype(np.float32)
+    mu, sigma = fid.moments(torch.from_numpy(x))
+    np.testing.assert_allclose(mu, x.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9)
+
+
+def test_inception_score():
+    certain = 100 * torch.eye(4).repeat(5, 1)  # 4 classes, equally often and without doubt
+    assert fid.inception_score(certain, torch.eye(4)) == pytest.approx(4)
+    # splits of 8, 8 and 4, the first of one class alone
+    order = torch.cat([certain[::4][:8].repeat(2, 1)[:8], certain[:12]])
+    assert fid.inception_score(order, torch.eye(4), split_size=8) == pytest.approx((1 + 4 + 4) / 3)
+
+
+def test_precision_recall_by_loops():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(37, 3)), rng.normal(1, 0.8, (29, 3))
+
+    def share_inside(points, centres):
+        radius = [
+            sorted(np.linalg.norm(c - o) for o in np.delete(centres, i, 0))[2] for i, c in enumerate(centres)
+        ]
+        return np.mean(
+            [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radius, strict=True)) for p in points]
+        )
+
+    found = fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b), block=10)
+    assert (
+        found == pytest.approx((share_inside(a, b), share_inside(b, a))) and 0 < min(found) < max(found) < 1
+    )
+
+
+def test_sources_hold_the_same_images(place, tmp_path):
+    folder = fid.ImageSet(str(place / "a"), "")
+    paths = sorted((place / "a").rglob("*.png"))
+    array = np.stack([np.asarray(Image.open(path)) for path in paths])
+    np.savez(tmp_path / "a.npz", array, np.arange(12))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in reversed(paths):
+            tar.add(path, path.relative_to(place))
+    for images in (
+        folder,
+        fid.ImageSet(str(tmp_path / "a.npz"), ""),
+        fid.ImageSet(str(tmp_path / "a.tar"), ""),
+    ):
+        assert np.array_equal(torch.stack([images[i] for i in range(len(images))]).permute(0, 2, 3, 1), array)
+    first = fid.ImageSet(str(place / "a"), "", num=3)
+    spread = fid.ImageSet(str(place / "a"), "", num=3, spread=True)
+    assert [images.items for images in (first, spread)] == [folder.items[:3], folder.items[::4]]
+
+
+def test_any_image_becomes_rgb(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    rgb = np.stack([grey, grey.T, grey[::-1]], 2)
+    clear = np.dstack([rgb, np.zeros_like(grey)])
+    half = np.dstack([rgb, np.full_like(grey, 128)])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored a quarter turn anticlockwise
+    cases = {
+        "grey": (Image.fromarray(grey), {}, np.dstack([grey] * 3)),
+        "deep": (Image.fromarray(grey.astype(np.uint16) * 257), {}, np.dstack([grey] * 3)),
+        "clear": (Image.fromarray(clear), {}, np.full_like(rgb, 255)),
+        "half": (Image.fromarray(half), {}, (rgb * (128 / 255) + 127).round()),
+        "palette": (
+            Image.fromarray(grey).convert("P"),
+            {"transparency": 7},
+            np.dstack([np.where(grey == 7, 255, grey)] * 3),
+        ),
+        "turned": (Image.fromarray(rgb), {"exif": turned}, np.rot90(rgb, -1)),
+    }
+    for name, (image, options, expected) in cases.items():
+        image.save(tmp_path / f"{name}.png", **options)
+        with Image.open(tmp_path / f"{name}.png") as image:
+            np.testing.assert_allclose(fid.to_rgb(image), expected, atol=1, err_msg=name)
+    cmyk = Image.fromarray(np.full((8, 8, 4), (0, 255, 255, 0), np.uint8), "CMYK")
+    assert fid.to_rgb(cmyk).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_centre_crop_is_adms():
+    x = np.random.default_rng(0).integers(0, 256, (32, 70, 3), dtype=np.uint8)
+    halves = x.reshape(16, 2, 35, 2, 3).mean((1, 3))  # 32 is twice 16: one BOX step, and no resize after it
+    np.testing.assert_allclose(
+        fid.to_rgb(Image.fromarray(x), 16), halves[:, 9:25], atol=1
+    )  # rounded once an axis
+    assert fid.to_rgb(Image.fromarray(x), 20).size == (20, 20)
+    assert np.array_equal(fid.to_rgb(Image.fromarray(x[:, :32]), 32), x[:, :32])
+
+
+def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
+    expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
+    saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
+    assert saved["ref"] is None and "test_vit" in saved["by"]
+    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz")
+    assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
+    # a reference batch as ADM's: FID by mu and sigma, here shifted by 1, precision and recall by the images
+    array = np.stack([np.asarray(Image.open(path)) for path in sorted((place / "b").rglob("*.png"))])
+    stats = np.load(tmp_path / "b.npz")
+    np.savez(tmp_path / "adm.npz", array, mu=stats["mu"] + 1, sigma=stats["sigma"])
+    found = run_timm(capsys, place, place / "b", "--ref", tmp_path / "adm.npz")
+    assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5) and (found["prec"], found["rec"]) == (
+        1,
+        1,
+    )
+
+
+def test_two_processes_and_batch_sizes_agree(place, capsys):
+    options = ["--features", "test_vit", "--features-weights", place / "test_vit.pth"]
+    command = [str(word) for word in [place / "a", "--ref", place / "b", *options]]
+    one, small = (run(capsys, *command, "--batch-size", size) for size in (32, 5))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    words = [*torchrun, fid.__file__, *command, "--json", "--workers=1"]
+    two = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr
+    for found in (small, json.loads(two.stdout)):
+        assert [found[key] for key in NUMBERS] == pytest.approx([one[key] for key in NUMBERS], rel=1e-5)
+
+
+def test_the_demo_is_what_runs_without_a_reference(capsys, place):
+    demo, real = fid.parse_args(["x"]), fid.parse_args(["x", "--ref", "y"])
+    assert (demo.ref, demo.inception_weights, demo.num, demo.ref_num) == ("data/demo", "random", 400, 400)
+    assert (real.ref, real.inception_weights, real.num, real.ref_num) == ("y", "hub", None, None)
+    fid.main(
+        [str(place / "a"), "--ref", str(place / "b"), "--inception-weights=random", "--num=2", "--ref-num=2"]
+    )
+    out = capsys.readouterr()
+    assert "compare with nothing" in out.err.splitlines()[0] and out.out.startswith("fid ")
+
+
+@pytest.fixture(scope="module")
+def bad(place):
+    """Inputs that can't be used, by name."""
+    Image.new("RGB", (32, 32)).save(place / "square.png")
+    for name, files in {
+        "empty": [],
+        "one": ["x.png"],
+        "broken": ["x.png", "y.png"],
+        "sizes": ["x.png", "y.png"],
+    }.items():
+        (place / name).mkdir()
+        for file in files:
+            Image.new("RGB", (32, 32)).save(place / name / file)
+    (place / "broken" / "y.png").write_bytes(b"no image")
+    Image.new("RGB", (32, 48)).save(place / "sizes" / "y.png")
+    (place / "junk.npz").write_bytes(b"no zip")
+    zeros, one = np.zeros(4), np.eye(4)
+    np.savez(place / "nan.npz", mu=zeros * np.nan, sigma=one)
+    np.savez(place / "shapes.npz", mu=zeros, sigma=one[:3])
+    np.savez(place / "half.npz", sigma=one)
+    np.savez(place / "small.npz", mu=zeros, sigma=one)
+    np.savez(place / "other.npz", mu=zeros, sigma=one, made_by="clean inception 6726825d")
+    np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
+    np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    torch.save({"weight": torch.zeros(2)}, place / "wrong.pth")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        ("nowhere", "", "No such file"),
+        ("empty", "", "0 images, at least 2"),
+        ("one", "", "1 images, at least 2"),
+        ("broken", "", "y.png: cannot identify"),
+        ("broken", "--workers 1", "y.png: cannot identify"),
+        ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
+        ("junk.npz", "", "junk.npz"),
+        ("nan.npz", "", "not finite"),
+        ("shapes.npz", "", r"shapes \(D,\) and \(D,D\)"),
+        ("half.npz", "", "0 images, at least 2"),
+        ("floats.npz", "", "float64"),
+        ("packed.npz", "", "compressed"),
+        ("a", "--ref small.npz", "different networks"),
+        ("small.npz", "--ref other.npz --metrics is", "allow fid"),
+        ("other.npz", "", "not comparable"),
+        ("a", "--metrics fid,kid", "--metrics fid,kid"),
+        ("a", "--features no_such_model", "Unknown model"),
+        ("a", "--features-weights no.pth", "No such file"),
+        ("a", "--features= --inception-weights wrong.pth", "Missing key.*Conv2d_1a_3x3.conv.weight"),
+    ],
+)
+def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, message):
+    monkeypatch.chdir(bad)
+    words = f"{samples} --ref b --workers 0 --features test_vit --features-weights test_vit.pth {options}"
+    with pytest.raises(SystemExit, match=message) as stop:
+        fid.main(words.split())
+    assert "\n" not in str(stop.value)
