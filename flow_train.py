@@ -11,7 +11,6 @@ The first line is the demo, after rae_decoder_train.py: two minutes on a laptop'
 Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is data, t=1 is noise.
 """
 
-import argparse
 import copy
 import importlib.util
 import json
@@ -32,18 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dit_dh
-from rae_encoder import (
-    DEMO,
-    Encoder,
-    ImageData,
-    add_common_flags,
-    latent_statistics,
-    load_images,
-    load_statistics,
-    parse_with_presets,
-    read_weights,
-    training_order,
-)
+import rae_encoder
+from rae_encoder import DEMO, Encoder, ImageData, load_images, read_weights, training_order
 
 # Paper, appendix: 1,400 epochs of 1024 images; AdamW 2e-4, from epoch 40 to 800 down to 2e-5; EMA 0.9995.
 IMAGENET = dict(
@@ -54,9 +43,9 @@ IMAGENET = dict(
 )  # fmt: skip
 PRESETS = {
     "demo": IMAGENET | DEMO | dict(
-        decoder="runs/decoder/last.pt", model="DiT-DH-S", width=128, depth=4, heads=4, head_width=192,
-        head_depth=2, head_heads=4, batch_size=64, epochs=27, hold_epochs=12, decay_epochs=27, lr=1e-3, ema=0.99,
-        precision="fp32", log_every=20, preview_every=0, save_every=200, workers=2,
+        decoder="runs/decoder/last.pt", model="DiT-DH-S", width=128, depth=4, heads=4, head_width=128,
+        head_depth=2, head_heads=4, batch_size=64, epochs=40, hold_epochs=12, decay_epochs=40, lr=2e-3,
+        ema=0.99, precision="fp32", log_every=20, preview_every=0, save_every=200, workers=2,
     ),
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512),
@@ -97,7 +86,7 @@ def flow_loss(model, x, y, t, eps):
 
 
 def learning_rate(epoch, args):
-    """Constant for hold_epochs, then linear to final_lr at decay_epochs, then constant; epoch is a fraction."""
+    """Constant for hold_epochs, then linear to final_lr at decay_epochs, then constant."""
     progress = (epoch - args.hold_epochs) / (args.decay_epochs - args.hold_epochs)
     return args.lr + (args.final_lr - args.lr) * min(max(progress, 0), 1)
 
@@ -146,19 +135,20 @@ def sum_over_ranks(values):
 
 
 def open_log(folder):
-    """Returns log(step, record): a line of metrics.jsonl, and TensorBoard events where that is installed."""
-    file, board = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1), None  # noqa: SIM115
-    if importlib.util.find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
+    """metrics.jsonl to append to, and a TensorBoard writer where that package is installed, else None."""
+    file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
+    if not importlib.util.find_spec("tensorboard"):
+        return file, None
+    from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(folder)
+    return file, SummaryWriter(folder)
 
-    def log(step, record):
-        print(json.dumps({"step": step} | record), file=file)
-        for name, value in record.items() if board else ():
-            board.add_scalar(name, value, step)
 
-    return log
+def write_log(log, step, record):
+    file, board = log
+    print(json.dumps({"step": step} | record), file=file)
+    for name, value in record.items() if board else ():
+        board.add_scalar(name, value, step)
 
 
 def save(checkpoint, path):
@@ -178,9 +168,7 @@ def resume(path, config, **state):
     for key, value in config.items():
         if checkpoint["config"][key] != value:
             was = checkpoint["config"][key]
-            raise SystemExit(
-                f"{path} has {key} {was}, this run {value}: give the same flags or another --out"
-            )
+            raise SystemExit(f"{path} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
         owner.load_state_dict(checkpoint[name])
     return checkpoint["step"], checkpoint["mean"], checkpoint["var"]
@@ -189,7 +177,7 @@ def resume(path, config, **state):
 # ------------------------------------------------------------------------------------------------- main
 
 
-def build(args, classes):
+def build(args, classes, device):
     """Returns (encoder, network, config); config is what sample.py needs to know of them."""
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
     latent_shape = [encoder.width, encoder.grid, encoder.grid]
@@ -205,20 +193,17 @@ def build(args, classes):
         for key in ("encoder", "encoder_size", "encoder_weights", "latent_shape"):
             if decoder.get(key, config[key]) != config[key]:
                 raise SystemExit(f"--decoder {args.decoder} has {key} {decoder[key]}, this run {config[key]}")
-    return encoder, network, config
+    return encoder.to(device), network.to(device), config
 
 
 def check_batch(args, num_images, world):
     """Steps an epoch. Raises SystemExit for a batch that data, ranks or micro-batches can't share."""
-    if num_images < args.batch_size:
-        raise SystemExit(
-            f"--data {args.data}: {num_images} images, fewer than --batch-size {args.batch_size}"
-        )
-    if args.batch_size % (world * args.accum):
-        raise SystemExit(
-            f"--batch-size {args.batch_size} is no multiple of {world} ranks x {args.accum} --accum"
-        )
-    return num_images // args.batch_size
+    batch = args.batch_size
+    if num_images < batch:
+        raise SystemExit(f"--data {args.data}: {num_images} images, fewer than --batch-size {batch}")
+    if batch % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
+    return num_images // batch
 
 
 def say_what_runs(args, data, config, network, devices, step, steps):
@@ -226,8 +211,8 @@ def say_what_runs(args, data, config, network, devices, step, steps):
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     print(
         f"{demo}{len(data)} images of {args.data}, {len(data.classes)} classes; {args.encoder} "
-        f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} ({parameters:.1f} M parameters); "
-        f"{devices}, {args.precision}; step {step} of {steps}",
+        f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} ({parameters:.1f} M "
+        f"parameters); {devices}, {args.precision}; step {step} of {steps}",
         file=sys.stderr,
     )
 
@@ -236,16 +221,8 @@ def save_preview(args, checkpoint, step, num_classes):
     """Samples of the EMA, by the sampler that users run: PNG grid preview-STEP.png."""
     sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
     folder = os.path.join(args.out, f"preview-{step:07d}")
-    flags = [
-        "--flow",
-        checkpoint,
-        "--decoder",
-        args.decoder,
-        "--out",
-        folder,
-        "--num",
-        str(min(num_classes, 10) * 4),
-    ]
+    flags = ["--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
+    flags += ["--num", str(4 * min(num_classes, 10))]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     subprocess.run([sys.executable, sampler, *flags], env=environment, check=True)
 
@@ -253,10 +230,11 @@ def save_preview(args, checkpoint, step, num_classes):
 def latent_moments(args, encoder, config, rank, world):
     """Mean and variance (C,G,G) that normalise the latents: those of --stats, or of the data itself."""
     if args.stats:
-        return load_statistics(args.stats, config["latent_shape"])
+        return rae_encoder.load_statistics(args.stats, config["latent_shape"])
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = min(args.stats_images, len(data))
-    return latent_statistics(encoder, data, num, args.batch_size, args.precision, args.workers, rank, world)
+    how = (args.batch_size, args.precision, args.workers, rank, world)
+    return rae_encoder.latent_statistics(encoder, data, num, *how)
 
 
 def main(argv=None):
@@ -267,11 +245,10 @@ def main(argv=None):
     steps = args.steps or round(args.epochs * steps_per_epoch)
 
     torch.manual_seed(args.seed)
-    encoder, network, config = build(args, data.classes)
-    encoder, network = encoder.to(device), network.to(device).train()
+    encoder, network, config = build(args, data.classes, device)
     ema = copy.deepcopy(network).requires_grad_(False)
-    adam = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], **adam)
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0, fused=True)
     state = dict(model=network, ema=ema, optimizer=optimizer)
 
     last = os.path.join(args.out, "last.pt")
@@ -326,9 +303,8 @@ def main(argv=None):
         if rank == 0 and (step % args.log_every == 0 or final):
             loss, norm = (window / (step - window_step)).tolist()
             rate = (step - window_step) * args.batch_size / (time.time() - window_time)
-            log(
-                step, dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
-            )
+            record = dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
+            write_log(log, step, record)
             progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
             window, window_step, window_time = torch.zeros(2, device=device), step, time.time()
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
@@ -354,10 +330,7 @@ def main(argv=None):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_flags(parser)
+    parser = rae_encoder.common_parser(__doc__)
     add = parser.add_argument
     add("--model", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL")
     for part in ("", "head-"):
@@ -384,7 +357,7 @@ def parse_args(argv=None):
     add("--preview-every", type=int, help="steps; 0 is off")
     add("--save-every", type=int, help="steps between writes of last.pt")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
-    return parse_with_presets(parser, PRESETS, argv)
+    return rae_encoder.parse_with_presets(parser, PRESETS, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The first line is the demo: it draws its own images and takes about two minutes 
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
-import argparse
 import copy
 import importlib.util
 import json
@@ -35,19 +34,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rae_encoder import (
-    ALIASES,
-    DEMO,
-    Encoder,
-    ImageData,
-    add_common_flags,
-    draw_demo,
-    even_order,
-    load_images,
-    parse_with_presets,
-    read_weights,
-    training_order,
-)
+import rae_encoder
+from rae_encoder import DEMO, Encoder, ImageData, load_images, read_weights, training_order
 
 #              width  depth  heads  MLP
 DECODERS = {
@@ -60,10 +48,9 @@ DECODERS = {
 
 # Paper, appendix: 16 epochs of 512 images, AdamW 2e-4 down to 2e-5, EMA 0.9978, tau 0.8.
 IMAGENET = dict(
-    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1,
-    lpips_weights="hub",
-    batch_size=512, accum=1, epochs=16, warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, precision="bf16",
-    log_every=100, preview_every=2500, save_every=2500, workers=8, seed=0, out="runs/decoder",
+    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1, batch_size=512,
+    lpips_weights="hub", accum=1, epochs=16, warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, seed=0,
+    precision="bf16", log_every=100, preview_every=2500, save_every=2500, workers=8, out="runs/decoder",
 )  # fmt: skip
 PRESETS = {
     "demo": IMAGENET | DEMO | dict(
@@ -183,7 +170,7 @@ def load_decoder(path, encoder="dinov2-base"):
             math.isqrt(position.shape[1] - 1) if position is not None else 16
         )  # that of all 256 px releases
         patch_size = math.isqrt(len(state["decoder_pred.weight"]) // 3)
-        pixels = timm.get_pretrained_cfg(ALIASES.get(encoder, encoder))
+        pixels = timm.get_pretrained_cfg(rae_encoder.ALIASES.get(encoder, encoder))
         decoder = Decoder(name, channels, grid, patch_size, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
@@ -276,19 +263,20 @@ def sum_over_ranks(values):
 
 
 def open_log(folder):
-    """Returns log(step, record): a line of metrics.jsonl, and TensorBoard events where that is installed."""
-    file, board = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1), None  # noqa: SIM115
-    if importlib.util.find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
+    """metrics.jsonl to append to, and a TensorBoard writer where that package is installed, else None."""
+    file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
+    if not importlib.util.find_spec("tensorboard"):
+        return file, None
+    from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(folder)
+    return file, SummaryWriter(folder)
 
-    def log(step, record):
-        print(json.dumps({"step": step} | record), file=file)
-        for name, value in record.items() if board else ():
-            board.add_scalar(name, value, step)
 
-    return log
+def write_log(log, step, record):
+    file, board = log
+    print(json.dumps({"step": step} | record), file=file)
+    for name, value in record.items() if board else ():
+        board.add_scalar(name, value, step)
 
 
 def save(checkpoint, path):
@@ -308,9 +296,7 @@ def resume(path, config, **state):
     for key, value in config.items():
         if checkpoint["config"][key] != value:
             was = checkpoint["config"][key]
-            raise SystemExit(
-                f"{path} has {key} {was}, this run {value}: give the same flags or another --out"
-            )
+            raise SystemExit(f"{path} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
         owner.load_state_dict(checkpoint[name])
     return checkpoint["step"]
@@ -319,7 +305,7 @@ def resume(path, config, **state):
 # ------------------------------------------------------------------------------------------------ main
 
 
-def build(args):
+def build(args, device):
     """Returns (encoder, decoder, config); config is what later stages need to know of them."""
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
     patch_size = args.patch_size or args.image_size / encoder.grid
@@ -329,26 +315,23 @@ def build(args):
             f"patch size {patch_size:g}; change --image-size, --encoder-size or --patch-size"
         )
     patch_size = int(patch_size)
-    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
     network = dict(name=args.decoder, channels=encoder.width, grid=args.image_size // patch_size)
-    network |= dict(patch_size=patch_size, mean=mean, std=std)
+    pixels = dict(mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist())
+    network |= pixels | dict(patch_size=patch_size)
     config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
-    config |= dict(encoder_size=encoder.encoder_size, decoder=network)
-    config["latent_shape"] = [encoder.width, encoder.grid, encoder.grid]
-    return encoder, Decoder(**network), config
+    latent_shape = [encoder.width, encoder.grid, encoder.grid]
+    config |= dict(encoder_size=encoder.encoder_size, decoder=network, latent_shape=latent_shape)
+    return encoder.to(device), Decoder(**network).to(device), config
 
 
 def check_batch(args, num_images, world):
     """Steps an epoch. Raises SystemExit for a batch that data, ranks or micro-batches can't share."""
-    if num_images < args.batch_size:
-        raise SystemExit(
-            f"--data {args.data}: {num_images} images, fewer than --batch-size {args.batch_size}"
-        )
-    if args.batch_size % (world * args.accum):
-        raise SystemExit(
-            f"--batch-size {args.batch_size} is no multiple of {world} ranks x {args.accum} --accum"
-        )
-    return num_images // args.batch_size
+    batch = args.batch_size
+    if num_images < batch:
+        raise SystemExit(f"--data {args.data}: {num_images} images, fewer than --batch-size {batch}")
+    if batch % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
+    return num_images // batch
 
 
 def say_what_runs(args, data, config, network, devices, step, steps):
@@ -365,7 +348,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks()
     if args.data == DEMO["data"] and rank == 0 and not os.path.exists(args.data):
-        draw_demo(args.data)
+        rae_encoder.draw_demo(args.data)
     if world > 1:
         dist.barrier()
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
@@ -374,12 +357,10 @@ def main(argv=None):
     warmup = max(1, round(args.warmup_epochs * steps_per_epoch))
 
     torch.manual_seed(args.seed)
-    encoder, decoder, config = build(args)
-    encoder, decoder = encoder.to(device), decoder.to(device)
+    encoder, decoder, config = build(args, device)
     ema = copy.deepcopy(decoder).requires_grad_(False)
     perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    adam = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    optimizer = torch.optim.AdamW(decoder.parameters(), **adam)
+    optimizer = torch.optim.AdamW(decoder.parameters(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
     state = dict(model=decoder, ema=ema, optimizer=optimizer)
 
     last = os.path.join(args.out, "last.pt")
@@ -393,7 +374,7 @@ def main(argv=None):
         log = open_log(args.out)
         say_what_runs(args, data, config, decoder, f"{world} x {device.type}", step, steps)
         plain = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
-        shown, _ = next(load_images(plain, even_order(len(plain), 8, 8), device))
+        shown, _ = next(load_images(plain, rae_encoder.even_order(len(plain), 8, 8), device))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -416,7 +397,7 @@ def main(argv=None):
         if rank == 0 and (step % args.log_every == 0 or final):
             loss, l1, lpips_loss = (window / (step - window_step)).tolist()
             rate = (step - window_step) * args.batch_size / (time.time() - window_time)
-            log(step, dict(loss=loss, l1=l1, lpips=lpips_loss, lr=lr, images_per_s=round(rate, 1)))
+            write_log(log, step, dict(loss=loss, l1=l1, lpips=lpips_loss, lr=lr, images_per_s=round(rate, 1)))
             progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
             window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
         if rank == 0 and (step % args.preview_every == 0 or final):
@@ -433,18 +414,15 @@ def main(argv=None):
 
     broken = int(sum_over_ranks(data.broken.to(device).float()).count_nonzero())
     if rank == 0:
-        done = "" if step == steps else "; stopped, the same command goes on from here"
         replaced = f"; {broken} broken images were replaced by others" if broken else ""
+        done = "" if step == steps else "; stopped, the same command goes on from here"
         print(f"{last}: step {step} of {steps}{replaced}{done}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_flags(parser)
+    parser = rae_encoder.common_parser(__doc__)
     add = parser.add_argument
     add("--decoder", help=", ".join(DECODERS))
     add("--patch-size", type=int, help="pixels a side of a decoder token; default image size / tokens a side")
@@ -465,7 +443,7 @@ def parse_args(argv=None):
     add("--preview-every", type=int, help="steps")
     add("--save-every", type=int, help="steps between writes of last.pt")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
-    return parse_with_presets(parser, PRESETS, argv)
+    return rae_encoder.parse_with_presets(parser, PRESETS, argv)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,11 @@ class ImageData(Dataset):
 
 def draw_demo(folder, num=2000, size=32):
     """Draws the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
-    rng, shapes, scale = np.random.default_rng(0), ["circle", "ring", "square", "triangle"], 8
+    rng, shapes, scale = np.random.default_rng(0), ["bar", "circle", "ring", "triangle"], 8
     for i in range(num):
         shape, path = shapes[i % len(shapes)], os.path.join(folder + ".tmp", shapes[i % len(shapes)])
         fill = tuple(rng.integers(90, 256, 3).tolist())
-        radius = rng.uniform(0.28, 0.44) * size * scale
+        radius = rng.uniform(0.34, 0.46) * size * scale
         x, y = rng.uniform(radius, size * scale - radius, 2)
         image = Image.new("RGB", (size * scale, size * scale), (24, 24, 32))
         draw, box = ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius)
@@ -173,8 +173,8 @@ def draw_demo(folder, num=2000, size=32):
             draw.ellipse(box, fill)
         elif shape == "ring":
             draw.ellipse(box, outline=fill, width=int(radius / 2.5))
-        elif shape == "square":
-            draw.rectangle(box, fill)
+        elif shape == "bar":
+            draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
         else:
             draw.regular_polygon((x, y, radius), 3, fill=fill)
         os.makedirs(path, exist_ok=True)
@@ -362,8 +362,10 @@ def load_statistics(path, latent_shape):
 # -------------------------------------------------------------------------------------------------- CLI
 
 
-def add_common_flags(parser):
-    """The flags that every training script takes; their defaults are the script's presets."""
+def common_parser(description):
+    """A parser with the flags that every training script takes; their defaults are the script's presets."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="demo", help="defaults of all other flags: demo, imagenet256 or imagenet512")
     add("--data", help="folder or .tar of class folders")
@@ -376,6 +378,7 @@ def add_common_flags(parser):
     add("--workers", type=int, help="image loading processes of a rank")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
     add("--seed", type=int, help="of every random number")
+    return parser
 
 
 def parse_with_presets(parser, presets, argv):
@@ -391,10 +394,7 @@ def parse_with_presets(parser, presets, argv):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_flags(parser)
+    parser = common_parser(__doc__)
     parser.add_argument("--num", type=int, help="images, drawn evenly; default: all")
     parser.add_argument("--out", help="file for the statistics")
     return parse_with_presets(parser, PRESETS, argv)

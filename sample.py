@@ -31,7 +31,7 @@ IMAGENET = dict(
     flow="runs/flow/last.pt", decoder="runs/decoder/last.pt", num=50_000, steps=50, solver="euler", t_end=0.0,
     encoder="dinov2-base", reuse_body=1, batch_size=256, precision="bf16", workers=8, seed=0, out="samples",
 )  # fmt: skip
-DEMO = IMAGENET | dict(num=400, cfg=3.0, steps=25, batch_size=100, workers=2)
+DEMO = IMAGENET | dict(num=400, cfg=2.0, steps=25, batch_size=100, workers=2)
 PRESETS = {"demo": DEMO, "imagenet256": IMAGENET, "imagenet512": IMAGENET | dict(batch_size=64)}
 
 
