@@ -29,7 +29,9 @@ def torchrun(script, *flags, world=1, cwd):
         ROOT / script,
         *flags,
     ]
-    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(part) for part in (*command, *flags)], cwd=cwd, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result
 
