@@ -280,6 +280,8 @@ def parse_args(argv=None):
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of a folder instead, and its PSNR")
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[given.preset] | (dict(num=None, cfg=None) if given.reconstruct else {}))
+    if given.flow and given.preset == "demo":  # few steps, much guidance: for the demo's own network alone
+        parser.set_defaults(steps=50, cfg=None)
     args = parser.parse_args(argv)
     for flag in ("steps", "num", "batch_size", "reuse_body"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:

@@ -20,18 +20,9 @@ TRAIN = "--steps 4 --batch-size 8 --log-every 2 --save-every 1 --keep-every 1 --
 
 
 def torchrun(script, *flags, world=1, cwd):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        world,
-        ROOT / script,
-        *flags,
-    ]
-    result = subprocess.run(
-        [str(part) for part in (*command, *flags)], cwd=cwd, capture_output=True, text=True
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world, "--"]
+    command = [str(part) for part in (*launcher, ROOT / script, *flags)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result
 
