@@ -353,9 +353,8 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
     add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
-    add("--log-every", type=int, help="steps")
-    add("--preview-every", type=int, help="steps; 0 is off")
-    add("--save-every", type=int, help="steps between writes of last.pt")
+    for event in ("log", "preview", "save"):
+        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
     return rae_encoder.parse_with_presets(parser, PRESETS, argv)
 

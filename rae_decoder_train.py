@@ -400,7 +400,7 @@ def main(argv=None):
             write_log(log, step, dict(loss=loss, l1=l1, lpips=lpips_loss, lr=lr, images_per_s=round(rate, 1)))
             progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
             window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
-        if rank == 0 and (step % args.preview_every == 0 or final):
+        if rank == 0 and args.preview_every and (step % args.preview_every == 0 or final):
             save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), ema, encoder, shown)
         if rank == 0 and (step % args.save_every == 0 or final):
             checkpoint = {name: owner.state_dict() for name, owner in state.items()}
@@ -439,9 +439,8 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the decoder")
     add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
     add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
-    add("--log-every", type=int, help="steps")
-    add("--preview-every", type=int, help="steps")
-    add("--save-every", type=int, help="steps between writes of last.pt")
+    for event in ("log", "preview", "save"):
+        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
     return rae_encoder.parse_with_presets(parser, PRESETS, argv)
 
