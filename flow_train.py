@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -191,8 +190,10 @@ def build(args, classes, device):
     if args.decoder:
         decoder = read_weights(args.decoder).get("config", {})
         for key in ("encoder", "encoder_size", "encoder_weights", "latent_shape"):
-            if decoder.get(key, config[key]) != config[key]:
-                raise SystemExit(f"--decoder {args.decoder} has {key} {decoder[key]}, this run {config[key]}")
+            # Of a file of weights the name counts: its folder differs from machine to machine.
+            there, here = (os.path.basename(str(c.get(key, config[key]))) for c in (decoder, config))
+            if there != here:
+                raise SystemExit(f"--decoder {args.decoder} has {key} {there}, this run {here}")
     return encoder.to(device), network.to(device), config
 
 
@@ -224,7 +225,8 @@ def save_preview(args, checkpoint, step, num_classes):
     flags = ["--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
     flags += ["--num", str(4 * min(num_classes, 10))]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    subprocess.run([sys.executable, sampler, *flags], env=environment, check=True)
+    if subprocess.run([sys.executable, sampler, *flags], env=environment).returncode:
+        print(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
 
 
 def latent_moments(args, encoder, config, rank, world):
@@ -253,11 +255,7 @@ def main(argv=None):
 
     last = os.path.join(args.out, "last.pt")
     source = args.resume or (last if os.path.exists(last) else None)
-    if source:
-        step, mean, var = resume(source, config, **state)
-    else:
-        step, (mean, var) = 0, latent_moments(args, encoder, config, rank, world)
-    mean, var = mean.to(device), var.to(device)
+    step, mean, var = resume(source, config, **state) if source else (0, None, None)
     if args.compile:
         network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
@@ -265,13 +263,16 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
         log = open_log(args.out)
         say_what_runs(args, data, config, network, f"{world} x {device.type}", step, steps)
+    if not source:
+        mean, var = latent_moments(args, encoder, config, rank, world)
+    mean, var = mean.to(device), var.to(device)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    window, window_step, window_time = torch.zeros(2, device=device), step, time.time()
+    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
     skipped, skipped_in_a_row = 0, 0
     for images, y in load_images(data, order, device, args.workers):
         # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
@@ -284,7 +285,7 @@ def main(argv=None):
         step += 1
         if torch.isfinite(loss + norm):
             skipped_in_a_row = 0
-            window += torch.stack([loss, norm])
+            window += torch.stack([loss, norm, torch.ones_like(loss)])
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - args.ema)
         else:
@@ -301,19 +302,20 @@ def main(argv=None):
         stopped = sum_over_ranks(torch.tensor(float(stop.is_set()), device=device)).item() > 0
         final = stopped or step == steps
         if rank == 0 and (step % args.log_every == 0 or final):
-            loss, norm = (window / (step - window_step)).tolist()
+            loss, norm = (window[:2] / window[2].clamp(min=1)).tolist()
             rate = (step - window_step) * args.batch_size / (time.time() - window_time)
             record = dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
             write_log(log, step, record)
             progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-            window, window_step, window_time = torch.zeros(2, device=device), step, time.time()
+            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
         if rank == 0 and (step % args.save_every == 0 or final or preview):
             checkpoint = {name: owner.state_dict() for name, owner in state.items()}
             checkpoint |= dict(format="rae-flow/1", config=config, step=step, args=vars(args))
-            save(checkpoint | dict(mean=mean.cpu(), var=var.cpu()), last)
+            checkpoint |= dict(mean=mean.cpu(), var=var.cpu())
+            save(checkpoint, last)
             if args.keep_every and step % args.keep_every == 0:
-                shutil.copyfile(last, os.path.join(args.out, f"{step:07d}.pt"))
+                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
             if preview:
                 save_preview(args, last, step, len(data.classes))
         if stopped:
@@ -356,7 +358,12 @@ def parse_args(argv=None):
     for event in ("log", "preview", "save"):
         add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
-    return rae_encoder.parse_with_presets(parser, PRESETS, argv)
+    args = rae_encoder.parse_with_presets(parser, PRESETS, argv)
+    if args.decay_epochs <= args.hold_epochs:
+        raise SystemExit(
+            f"--decay-epochs {args.decay_epochs} must be more than --hold-epochs {args.hold_epochs}"
+        )
+    return args
 
 
 if __name__ == "__main__":

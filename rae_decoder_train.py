@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -170,7 +169,7 @@ def load_decoder(path, encoder="dinov2-base"):
             math.isqrt(position.shape[1] - 1) if position is not None else 16
         )  # that of all 256 px releases
         patch_size = math.isqrt(len(state["decoder_pred.weight"]) // 3)
-        pixels = timm.get_pretrained_cfg(rae_encoder.ALIASES.get(encoder, encoder))
+        pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
         decoder = Decoder(name, channels, grid, patch_size, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
@@ -407,7 +406,7 @@ def main(argv=None):
             checkpoint |= dict(format="rae-decoder/1", config=config, step=step, args=vars(args))
             save(checkpoint, last)
             if args.keep_every and step % args.keep_every == 0:
-                shutil.copyfile(last, os.path.join(args.out, f"{step:07d}.pt"))
+                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
         if stopped:
             break
     progress.close()

@@ -1,13 +1,12 @@
 """Stage 0 of RAE: images in, latents out (arXiv 2510.11690, section 3).
 
 A frozen, pretrained ViT turns an image into a grid of tokens; stage 2 learns in the space of these grids.
-Both trainings take from here the images, the encoder, and the statistics that normalise the latents.
+Both trainings take from here the images, the encoder, the statistics that normalise the latents, and flags.
 
     torchrun rae_encoder.py --data imagenet/train --encoder dinov2-base --out stats.pt
     torchrun --nproc_per_node 8 rae_encoder.py --data imagenet/train --encoder dinov2-base --out stats.pt
     python rae_encoder.py --data my_images --out stats.pt
 
-The last line runs on a laptop in seconds (the demo's small, untrained encoder, to try things).
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G tokens, S image size.
 """
 
@@ -16,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import tarfile
 
 import numpy as np
 import timm
@@ -120,19 +120,15 @@ class ImageData(Dataset):
         folder = os.path.isdir(root)
         try:  # timm's tar handles are not cached: forked workers would share their position
             self.reader = ReaderImageFolder(root) if folder else ReaderImageInTar(root, cache_tarfiles=False)
-        except (RuntimeError, ValueError, OSError):
+        except (RuntimeError, ValueError, OSError, tarfile.TarError):
             raise SystemExit(f"--data {root}: no readable images ({', '.join(EXTENSIONS)}) in it") from None
+        names = self.reader.class_to_idx if folder else self.reader.class_name_to_idx
+        self.classes = list(names)  # in the order of their numbers
         self.size, self.augment, self.seed, self.skip_broken = size, augment, seed, skip_broken
         self.broken = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()  # workers write into it
 
     def __len__(self):
         return len(self.reader)
-
-    @property
-    def classes(self):
-        """Names of the classes, in the order of their numbers."""
-        reader = self.reader
-        return list(reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx)
 
     def __getitem__(self, key):
         epoch, i = key
@@ -228,10 +224,16 @@ def load_images(data, order, device, workers=0):
 # ---------------------------------------------------------------------------------------------- encoder
 
 
+def timm_name(name):
+    """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
+    full = ALIASES.get(name, name)
+    if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
+        raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
+    return full
+
+
 def load_vit(name, weights):
     """timm's ViT `name` with weights from the hub (None), from a file, or "random"; see Encoder."""
-    if not timm.is_model(name):
-        raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
     # Hugging Face's SigLIP 2 uses the tanh form of GELU: without it latents differ by 2e-3.
     options = {"act_layer": "gelu_tanh"} if "siglip" in name else {}
     if weights not in (None, "random") and not os.path.isfile(weights):
@@ -247,13 +249,11 @@ def load_vit(name, weights):
             vit = timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
     except Exception as error:  # timm, safetensors and the hub raise many kinds
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        if weights:
-            raise SystemExit(f"--encoder-weights {weights}: no weights of timm's {name} ({reason})") from None
-        wanted = timm.get_pretrained_cfg_value(name, "hf_hub_id")
-        raise SystemExit(
-            f"--encoder {name}: model.safetensors of {wanted} can't be had from the Hugging Face hub "
-            f"({reason}); --encoder-weights FILE takes a local copy"
-        ) from None
+        problem = f"--encoder-weights {weights}: no weights of timm's {name} ({reason})"
+        if not weights:
+            wanted = f"model.safetensors of {timm.get_pretrained_cfg_value(name, 'hf_hub_id')}"
+            problem = f"--encoder {name}: {wanted} can't be had from the Hugging Face hub ({reason})"
+        raise SystemExit(f"{problem}; --encoder-weights FILE takes a local copy") from None
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "set_input_size"):
         raise SystemExit(
             f"--encoder {name}: not a plain ViT (tokens of one size, with patch_embed and blocks)"
@@ -278,7 +278,7 @@ class Encoder(nn.Module):
 
     def __init__(self, name, encoder_size=None, image_size=256, weights=None):
         super().__init__()
-        self.vit = load_vit(ALIASES.get(name, name), weights)
+        self.vit = load_vit(timm_name(name), weights)
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // 16
         if self.encoder_size % patch:
@@ -339,7 +339,7 @@ def read_weights(path):
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file") from None
     except Exception as error:  # torch and safetensors raise many kinds
@@ -382,14 +382,25 @@ def common_parser(description):
 
 
 def parse_with_presets(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for an unknown preset or missing data."""
-    name = parser.parse_known_args(argv)[0].preset
-    if name not in presets:
-        raise SystemExit(f"--preset {name}: not one of {', '.join(presets)}")
-    parser.set_defaults(**presets[name])
+    """Flags over the defaults of their preset. Raises SystemExit for values that can't be meant."""
+    given = parser.parse_known_args(argv)[0]
+    if given.preset not in presets:
+        raise SystemExit(f"--preset {given.preset}: not one of {', '.join(presets)}")
+    parser.set_defaults(**presets[given.preset])
+    if given.preset == "demo" and given.encoder not in (None, DEMO["encoder"]):
+        parser.set_defaults(encoder_weights=None, encoder_size=None)  # those are of the demo's own encoder
+    if given.preset == "demo" and getattr(given, "model", None):
+        sizes = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
+        parser.set_defaults(**dict.fromkeys(sizes))  # a network that is named has its own
     args = parser.parse_args(argv)
     if not args.data:
-        raise SystemExit(f"--preset {name} needs --data DIR")
+        raise SystemExit(f"--preset {args.preset} needs --data DIR")
+    positive = "image_size encoder_size batch_size accum epochs steps log_every save_every"
+    for flag in positive.split():
+        if getattr(args, flag, None) is not None and getattr(args, flag) <= 0:
+            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")
+    if getattr(args, "keep_every", None) and args.keep_every % args.save_every:
+        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
 
 
@@ -403,11 +414,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = args.num or len(data)
     if not 2 <= num <= len(data):
@@ -416,9 +425,12 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    mean, var = latent_statistics(
-        encoder, data, num, args.batch_size, args.precision, args.workers, rank, world
-    )
+    if rank == 0:
+        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
+        what = f"{num} images of {args.data}; {args.encoder}; {world} x {device.type}, {args.precision}"
+        print(demo + what, file=sys.stderr)
+    how = (args.batch_size, args.precision, args.workers, rank, world)
+    mean, var = latent_statistics(encoder, data, num, *how)
     if rank == 0:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         torch.save({"mean": mean.cpu(), "var": var.cpu()}, args.out + ".tmp")

@@ -189,6 +189,7 @@ def open_reconstruction(args, decoder, config, device):
         return (images for images, _ in load_images(data, order, device, args.workers))
 
     settings = {key: getattr(args, key) for key in ("reconstruct", "num", "encoder_weights", "precision")}
+    settings["encoder"] = config["encoder"]
     return lambda batches: (decoder(encoder(x)) for x in originals(batches)), originals, settings
 
 

@@ -125,6 +125,9 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
         (stage1, ["--preset", "imagenet"], "--preset imagenet: not one of demo, imagenet256"),
         (stage1, [*common], "20 images, fewer than --batch-size 32"),
         (stage1, [*small, "--accum", "3"], "--batch-size 4 is no multiple of 1 ranks x 3"),
+        (stage1, ["--batch-size", "0"], "--batch-size 0: expected more than 0"),
+        (stage1, ["--keep-every", "150"], "--keep-every 150 is no multiple of --save-every 100"),
+        (stage2, ["--hold-epochs", "50"], "--decay-epochs 40 must be more than --hold-epochs 50"),
         (stage1, [*small, "--image-size", "30"], "--image-size 30 is no multiple of the patch"),
         (stage1, [*small, "--decoder", "ViT-Q"], "--decoder ViT-Q: not one of"),
         (stage1, [*small, "--lpips-weight", "0", "--resume", "other.pt"], "other.pt: not a rae-decoder/1"),
@@ -146,6 +149,14 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
     assert result.returncode == 1 and result.stderr.splitlines() == [
         "--data none: no such folder or .tar file"
     ]
+
+
+def test_the_demos_network_and_weights_are_not_those_of_other_encoders():
+    own = flow_train.parse_args([])
+    assert (own.encoder_weights, own.encoder_size, own.width) == ("random", 64, 128)
+    other = flow_train.parse_args(["--data", "x", "--encoder", "dinov2-small", "--model", "DiT-S"])
+    assert (other.encoder_weights, other.encoder_size, other.width) == (None, None, None)
+    assert flow_train.parse_args(["--model", "DiT-S", "--width", "64"]).width == 64
 
 
 def test_previews_are_samples(chain):

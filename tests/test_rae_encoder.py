@@ -161,9 +161,11 @@ def test_broken_images_are_named_or_replaced(folder, tmp_path):
 def test_bad_folders_end_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("no tar")
+    (tmp_path / "broken.tar").write_text("no tar")
     for path, line in {
         "none": "no such folder",
         "empty": "no readable images",
+        "broken.tar": "no readable images",
         "file.txt": "neither a folder",
     }.items():
         with pytest.raises(SystemExit, match=line):
@@ -236,6 +238,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch):
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
     cases = [
         (dict(name="vit_nano"), "vit_nano: neither"),
+        (dict(name="vit_base_patch16_224.typo"), "vit_base_patch16_224.typo: neither"),
         (dict(name="resnet18", weights="random"), "not a plain ViT"),
         (
             dict(name="test_vit", encoder_size=65, weights="random"),
