@@ -7,7 +7,7 @@ Images are encoded as training goes; the times are shifted by the size of the la
     torchrun --nproc_per_node 8 flow_train.py --preset imagenet256 --data imagenet/train --decoder decoder.pt
     torchrun flow_train.py --data my_images --image-size 64 --encoder dinov2-small --model DiT-DH-S
 
-The first line is the demo, after rae_decoder_train.py: two minutes on a laptop's CPU.
+The first line is the demo, after rae_decoder_train.py: three minutes on a laptop's CPU.
 Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is data, t=1 is noise.
 """
 

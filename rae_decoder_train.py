@@ -7,7 +7,7 @@ Noise is added to the latents in training, so that the decoder forgives what sta
     torchrun --nproc_per_node 8 rae_decoder_train.py --preset imagenet256 --data imagenet/train
     torchrun rae_decoder_train.py --data my_images --image-size 64 --encoder dinov2-small --decoder ViT-S
 
-The first line is the demo: it draws its own images and takes about two minutes on a laptop's CPU.
+The first line is the demo: it draws its own images and takes about a minute on a laptop's CPU.
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
