@@ -45,23 +45,15 @@ ALIASES = {
 }
 
 IMAGENET = dict(
-    encoder="dinov2-base",
-    image_size=256,
-    batch_size=256,
-    precision="bf16",
-    workers=8,
-    seed=0,
+    encoder="dinov2-base", image_size=256, batch_size=256, precision="bf16", workers=8, seed=0,
     out="runs/stats.pt",
-)
+)  # fmt: skip
 DEMO = dict(data="data/demo", encoder="test_vit", encoder_weights="random", encoder_size=64, image_size=32)
 PRESETS = {
     "demo": IMAGENET | DEMO | dict(batch_size=100, workers=2),
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512, batch_size=64),
 }
-
-
-# ---------------------------------------------------------------------------------------------- images
 
 
 def read_image(file):
@@ -114,14 +106,12 @@ class ImageData(Dataset):
     def __init__(self, root, size, augment=None, seed=0, skip_broken=False):
         if not os.path.exists(root):
             raise SystemExit(f"--data {root}: no such folder or .tar file")
-        if not os.path.isdir(root) and not root.lower().endswith(".tar"):
-            raise SystemExit(f"--data {root}: neither a folder nor a .tar file")
         set_img_extensions(EXTENSIONS)
         folder = os.path.isdir(root)
         try:  # timm's tar handles are not cached: forked workers would share their position
             self.reader = ReaderImageFolder(root) if folder else ReaderImageInTar(root, cache_tarfiles=False)
-        except (RuntimeError, ValueError, OSError, tarfile.TarError):
-            raise SystemExit(f"--data {root}: no readable images ({', '.join(EXTENSIONS)}) in it") from None
+        except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError):
+            raise SystemExit(f"--data {root}: no folder or .tar with {', '.join(EXTENSIONS)} in it") from None
         names = self.reader.class_to_idx if folder else self.reader.class_name_to_idx
         self.classes = list(names)  # in the order of their numbers
         self.size, self.augment, self.seed, self.skip_broken = size, augment, seed, skip_broken
@@ -143,9 +133,7 @@ class ImageData(Dataset):
                 self.broken[candidate] = True
                 if not self.skip_broken:
                     name = self.reader.filename(candidate, absolute=True)
-                    return (
-                        f"{name}: not a readable image ({error}); repair or remove it, or pass --skip-broken"
-                    )
+                    return f"{name}: not a readable image ({error}); repair it, remove it, or --skip-broken"
         return f"--data {self.reader.root}: every image is broken"
 
     def transform(self, image, rng):
@@ -157,9 +145,10 @@ class ImageData(Dataset):
 
 def draw_demo(folder, num=2000, size=32):
     """Draws the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
-    rng, shapes, scale = np.random.default_rng(0), ["bar", "circle", "ring", "triangle"], 8
+    rng, scale = np.random.default_rng(0), 8
     for i in range(num):
-        shape, path = shapes[i % len(shapes)], os.path.join(folder + ".tmp", shapes[i % len(shapes)])
+        shape = ("bar", "circle", "ring", "triangle")[i % 4]
+        path = os.path.join(folder + ".tmp", shape)
         fill = tuple(rng.integers(90, 256, 3).tolist())
         radius = rng.uniform(0.34, 0.46) * size * scale
         x, y = rng.uniform(radius, size * scale - radius, 2)
@@ -221,9 +210,6 @@ def load_images(data, order, device, workers=0):
         yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------- encoder
-
-
 def timm_name(name):
     """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
     full = ALIASES.get(name, name)
@@ -255,9 +241,7 @@ def load_vit(name, weights):
             problem = f"--encoder {name}: {wanted} can't be had from the Hugging Face hub ({reason})"
         raise SystemExit(f"{problem}; --encoder-weights FILE takes a local copy") from None
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "set_input_size"):
-        raise SystemExit(
-            f"--encoder {name}: not a plain ViT (tokens of one size, with patch_embed and blocks)"
-        )
+        raise SystemExit(f"--encoder {name}: not a plain ViT, with patch_embed and tokens of one size")
     return vit
 
 
@@ -283,7 +267,7 @@ class Encoder(nn.Module):
         self.encoder_size = encoder_size or patch * image_size // 16
         if self.encoder_size % patch:
             raise SystemExit(
-                f"--encoder-size {self.encoder_size} is not a multiple of {name}'s patch size {patch}"
+                f"--encoder-size {self.encoder_size}: no multiple of {name}'s patch size {patch}"
             )
         native = self.vit.pos_embed
         self.vit.set_input_size(self.encoder_size)
@@ -308,9 +292,6 @@ class Encoder(nn.Module):
         tokens = self.vit.forward_features((x - self.mean) / self.std)  # (B, prefix + N, C)
         tokens = tokens[:, self.vit.num_prefix_tokens :]  # (B,N,C) class and registers dropped
         return tokens.float().mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
-
-
-# ------------------------------------------------------------------------------------------- statistics
 
 
 def latent_statistics(encoder, data, num, batch_size, precision="bf16", workers=0, rank=0, world=1):
@@ -352,14 +333,11 @@ def load_statistics(path, latent_shape):
     if "mean" not in file:
         raise SystemExit(f"--stats {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
     mean, var = file["mean"], file.get("var")
-    mean = torch.zeros(*latent_shape) if mean is None else mean
-    var = torch.ones(*latent_shape) if var is None else var
-    if list(mean.shape) != list(latent_shape) or list(var.shape) != list(latent_shape):
-        raise SystemExit(f"--stats {path}: of latents {list(mean.shape)}, these are {list(latent_shape)}")
-    return mean.float(), var.float()
-
-
-# -------------------------------------------------------------------------------------------------- CLI
+    mean = torch.zeros(*latent_shape) if mean is None else mean.float()
+    var = torch.ones(*latent_shape) if var is None else var.float()
+    if [*mean.shape] != [*latent_shape] or mean.shape != var.shape:
+        raise SystemExit(f"--stats {path}: of latents {[*mean.shape]}, these are {[*latent_shape]}")
+    return mean, var
 
 
 def common_parser(description):
@@ -389,9 +367,6 @@ def parse_with_presets(parser, presets, argv):
     parser.set_defaults(**presets[given.preset])
     if given.preset == "demo" and given.encoder not in (None, DEMO["encoder"]):
         parser.set_defaults(encoder_weights=None, encoder_size=None)  # those are of the demo's own encoder
-    if given.preset == "demo" and getattr(given, "model", None):
-        sizes = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
-        parser.set_defaults(**dict.fromkeys(sizes))  # a network that is named has its own
     args = parser.parse_args(argv)
     if not args.data:
         raise SystemExit(f"--preset {args.preset} needs --data DIR")
@@ -431,11 +406,15 @@ def main(argv=None):
         print(demo + what, file=sys.stderr)
     how = (args.batch_size, args.precision, args.workers, rank, world)
     mean, var = latent_statistics(encoder, data, num, *how)
+    broken = data.broken.to(device).int()
+    if world > 1:
+        dist.all_reduce(broken)
     if rank == 0:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         torch.save({"mean": mean.cpu(), "var": var.cpu()}, args.out + ".tmp")
         os.replace(args.out + ".tmp", args.out)
-        print(f"{args.out}: mean and variance {tuple(mean.shape)} of {num} images", file=sys.stderr)
+        replaced = f"; {broken.count_nonzero()} broken images were replaced by others" * bool(broken.any())
+        print(f"{args.out}: mean and variance of {num} images, {[*mean.shape]}{replaced}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
 

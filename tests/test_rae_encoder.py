@@ -158,15 +158,55 @@ def test_broken_images_are_named_or_replaced(folder, tmp_path):
     assert data.broken.tolist() == [True, False]
 
 
+def test_odd_names_and_shapes_are_read_and_dangling_links_named(tmp_path):
+    for name, size in {"Straße 1.png": (1, 1), "a b.png": (1, 400), "日本.jpg": (50, 40)}.items():
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
+    data = ImageData(tmp_path, 16)
+    images = torch.cat([images for images, _ in batches(data, [[(0, i)] for i in range(3)])])
+    assert (images.mean((2, 3)) * 255 - torch.tensor([200, 100, 50])).abs().max() < 3
+    (tmp_path / "zz.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(SystemExit, match="zz.png: not a readable image"):
+        batches(ImageData(tmp_path, 16), [[(0, i) for i in range(4)]])
+
+
+def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):
+    noise_image(40, 40).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow refuses twice as many
+    with pytest.raises(SystemExit, match=r"bomb.png: not a readable image \(Image size \(1600 pixels\)"):
+        batches(ImageData(tmp_path, 16), [[(0, 0)]])
+
+
+def test_damaged_files_are_read_or_named_and_nothing_else(tmp_path):
+    """A seeded fuzzer: bytes of good files are cut off, changed or repeated."""
+    rng, outcomes = np.random.default_rng(0), []
+    for i in range(300):
+        file, format = io.BytesIO(), ("PNG", "JPEG", "WEBP", "BMP")[i % 4]
+        noise_image(24, 17, seed=i).save(file, format)
+        content = bytearray(file.getvalue())
+        for position in rng.integers(0, len(content), rng.integers(1, 9)):
+            content[position] = rng.integers(256)
+        if rng.random() < 0.5:
+            content = content[: rng.integers(len(content))]
+        (tmp_path / f"x.{format.lower()}").write_bytes(content)
+        sample = ImageData(tmp_path, 16)[0, 0]
+        (tmp_path / f"x.{format.lower()}").unlink()
+        outcomes.append(isinstance(sample, str))
+        if outcomes[-1]:
+            assert f"x.{format.lower()}: not a readable image" in sample and "\n" not in sample
+        else:
+            assert sample[0].shape == (3, 16, 16)
+    assert 50 < sum(outcomes) < 290  # both happened
+
+
 def test_bad_folders_end_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("no tar")
     (tmp_path / "broken.tar").write_text("no tar")
     for path, line in {
         "none": "no such folder",
-        "empty": "no readable images",
-        "broken.tar": "no readable images",
-        "file.txt": "neither a folder",
+        "empty": "no folder or .tar with .png",
+        "broken.tar": "no folder or .tar with .png",
+        "file.txt": "no folder or .tar with .png",
     }.items():
         with pytest.raises(SystemExit, match=line):
             ImageData(str(tmp_path / path), 32)
@@ -242,7 +282,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch):
         (dict(name="resnet18", weights="random"), "not a plain ViT"),
         (
             dict(name="test_vit", encoder_size=65, weights="random"),
-            "65 is not a multiple of test_vit's patch size 16",
+            "65: no multiple of test_vit's patch size 16",
         ),
         (
             dict(name="test_vit", weights=str(tmp_path / "none.pt")),
