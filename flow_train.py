@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dit_dh
@@ -95,25 +94,11 @@ def encode(encoder, images, precision):
     return z.contiguous()  # as the cache has it: noise is drawn in the order of memory
 
 
-class CachedLatents:
-    """The file of cache_latents under ImageData's keys: data[epoch, i] is (latents (C,G,G), class).
-
-    Of an image and its mirror it is the one that ImageData would have drawn for training.
-    """
-
-    def __init__(self, path, record, seed):
-        self.records, self.seed = np.memmap(path, record, "r"), seed
-
-    def __getitem__(self, key):
-        epoch, i = key
-        mirrored = int(np.random.default_rng((self.seed, epoch, i)).random() < 0.5)
-        return self.records["latents"][i, mirrored].copy(), int(self.records["label"][i])
-
-
 def cache_latents(args, encoder, data, rank, world):
-    """CachedLatents of all images and their mirrors, in fp32; where the file is missing the ranks make it.
+    """Latents of all images and their mirrors as a memory map; where the file is missing the ranks make it.
 
-    It lies beside the run folder for other runs to share; its name is a hash of all that decides the latents.
+    records["latents"] is (images,2,C,G,G) in fp32, records["label"] (images,). The file lies beside the run
+    folder for other runs to share; its name is a hash of all that decides what is in it.
     """
     files = data.reader.filenames(absolute=True) if os.path.isdir(args.data) else [args.data]
     files += [args.encoder_weights] * os.path.isfile(args.encoder_weights or "")
@@ -122,40 +107,51 @@ def cache_latents(args, encoder, data, rank, world):
     key = json.dumps([*key, args.skip_broken, data.reader.filenames(), stats])
     out, device = os.path.abspath(args.out), encoder.mean.device
     path = os.path.join(os.path.dirname(out), f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
-    shape = (2, encoder.width, encoder.grid, encoder.grid)  # of an image and its mirror
-    record = np.dtype([("latents", np.float32, shape), ("label", np.int64)])
+    latents = np.dtype((np.float32, (2, encoder.width, encoder.grid, encoder.grid)))  # image and mirror
+    record = dict(names=["latents", "label"], formats=[latents, np.int64], offsets=[0, latents.itemsize])
+    pages = latents.itemsize // 4096 + 1  # whole ones: machines that share the disk never write into the same
+    record = np.dtype(record | dict(itemsize=4096 * pages))
     if sum_over_ranks(torch.tensor(float(not os.path.exists(path)), device=device)) == 0:
-        return CachedLatents(path, record, args.seed)
+        return np.memmap(path, record, "r")
 
-    need, free = len(data) * record.itemsize / 1e9, shutil.disk_usage(os.path.dirname(out)).free / 1e9
-    if need > free:
-        raise SystemExit(f"--cache-latents {path}: needs {need:.1f} GB, {free:.1f} GB are free")
-    partial = f"{path}.{os.path.basename(out)}"
+    partial, size = f"{path}.{os.path.basename(out)}", len(data) * record.itemsize
     if rank == 0:
-        with open(partial, "wb") as file:
-            file.truncate(len(data) * record.itemsize)
-    sum_over_ranks(torch.zeros(1, device=device))  # all wait for the file
+        try:
+            with open(partial, "wb") as file:
+                file.truncate(size)
+            if shutil.disk_usage(partial).free < size:  # a write into a map that finds no room kills
+                raise OSError("no room")
+        except OSError as error:
+            gigabytes = f"{size / 1e9:.1f} GB"
+            raise SystemExit(f"--cache-latents {path}, {gigabytes}: can't be written ({error})") from None
+    wait = dist.barrier if world > 1 else lambda: None
+    wait()
     records = np.memmap(partial, record, "r+")
     order = rae_encoder.even_order(len(data), len(data), args.batch_size // world, rank, world)
-    progress = tqdm(order, desc=f"{path} ({need:.2f} GB)", disable=rank > 0)
+    progress = tqdm(order, desc=f"{path}, {size / 1e9:.1f} GB", disable=rank > 0)
     for keys, (images, y) in zip(progress, load_images(data, order, device, args.workers), strict=True):
         rows = [i for _, i in keys]
         for k, view in enumerate((images, images.flip(-1))):
             records["latents"][rows, k] = encode(encoder, view, args.precision).cpu()
         records["label"][rows] = y.cpu()
     records.flush()
-    sum_over_ranks(torch.zeros(1, device=device))  # rank 0 waits for all
+    wait()
     if rank == 0:
         os.replace(partial, path)
-    sum_over_ranks(torch.zeros(1, device=device))
-    return CachedLatents(path, record, args.seed)
+    return records
 
 
 def load_latents(args, data, encoder, mean, var, order):
-    """Yields (normalised latents (B,C,G,G), labels (B,)) for each list of keys in `order`."""
-    if isinstance(data, CachedLatents):
-        options = dict(num_workers=args.workers, worker_init_fn=rae_encoder.ignore_signals)
-        batches = DataLoader(data, batch_sampler=order, **options)
+    """Yields (normalised latents (B,C,G,G), labels (B,)) for each list of (epoch, index) in `order`."""
+
+    def from_cache(keys):
+        rows = [i for _, i in keys]
+        # The draw by which ImageData mirrors an image.
+        mirrored = [int(np.random.default_rng((args.seed, *key)).random() < 0.5) for key in keys]
+        return torch.from_numpy(data["latents"][rows, mirrored]), torch.from_numpy(data["label"][rows])
+
+    if isinstance(data, np.memmap):
+        batches = map(from_cache, order)
     else:
         images = load_images(data, order, mean.device, args.workers)
         batches = ((encode(encoder, x, args.precision), y) for x, y in images)
@@ -165,18 +161,19 @@ def load_latents(args, data, encoder, mean, var, order):
 
 def latent_moments(args, encoder, data, latent_shape, rank, world):
     """Mean and variance (C,G,G) that normalise the latents: those of --stats, or of the data itself."""
+    num = min(args.stats_images, len(data))
     if args.stats:
         return rae_encoder.load_statistics(args.stats, latent_shape)
-    if isinstance(data, CachedLatents):
-        total, num = np.zeros((2, *latent_shape)), min(args.stats_images, len(data.records))
-        for ((_, i),) in rae_encoder.even_order(len(data.records), num, 1, rank, world):
-            z = data.records["latents"][i].astype(np.float64)  # (2,C,G,G)
+    if isinstance(data, np.memmap):
+        total = np.zeros((2, *latent_shape))
+        for ((_, i),) in rae_encoder.even_order(len(data), num, 1, rank, world):
+            z = data["latents"][i].astype(np.float64)  # (2,C,G,G)
             total += np.stack([z.sum(0), np.square(z).sum(0)])
         mean, square = sum_over_ranks(torch.tensor(total, device=encoder.mean.device)) / (2 * num)
         return mean.float(), (square - mean.square()).float()
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     how = (args.batch_size, args.precision, args.workers, rank, world)
-    return rae_encoder.latent_statistics(encoder, data, min(args.stats_images, len(data)), *how)
+    return rae_encoder.latent_statistics(encoder, data, num, *how)
 
 
 def train_step(model, optimizer, x, y, args, shift):
@@ -275,18 +272,16 @@ def resume(args, config, **state):
     return checkpoint
 
 
-def initialise(path, network):
-    """--init: the weights of `path`. For another number of classes it keeps, of labels, only "no class"."""
+def initialise(network, path):
+    """--init: weights of `path`. For another number of classes, of the labels it takes "no class" alone."""
     source, table = dit_dh.load(path), "y_embedder.embedding_table.weight"
+    there, here = (f"{model.sizes} for latents {model.latent_shape}" for model in (source, network))
+    if there != here:
+        raise SystemExit(f"--init {path} is of {there}, this run of {here}")
     weights = source.state_dict()
-    try:
-        if source.num_classes != network.num_classes:
-            fresh = network.state_dict()[table].cpu()
-            weights[table] = torch.cat([fresh[:-1], weights[table][-1:]])
-        network.load_state_dict(weights)
-    except RuntimeError:  # of other shapes
-        there, here = (f"{model.sizes} for latents {model.latent_shape}" for model in (source, network))
-        raise SystemExit(f"--init {path} is of {there}, this run of {here}") from None
+    if source.num_classes != network.num_classes:
+        weights[table] = torch.cat([network.state_dict()[table][:-1].cpu(), weights[table][-1:]])
+    network.load_state_dict(weights)
 
 
 def build(args, classes, device):
@@ -297,9 +292,8 @@ def build(args, classes, device):
     network = dit_dh.build(args.model, latent_shape, len(classes), **sizes)
     network.checkpoint_activations = args.checkpoint_activations
     config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "model")}
-    config |= dict(encoder_size=encoder.encoder_size, latent_shape=latent_shape)
-    config |= dict(sizes=network.sizes, classes=classes)
-    config |= dict(num_classes=len(classes), shift=args.shift or default_shift(latent_shape))
+    config |= dict(encoder_size=encoder.encoder_size, latent_shape=latent_shape, sizes=network.sizes)
+    config |= dict(classes=classes, num_classes=len(classes), shift=args.shift or default_shift(latent_shape))
     if args.decoder:
         decoder = read_weights(args.decoder).get("config", {})
         for key in ("encoder", "encoder_size", "encoder_weights", "latent_shape"):
@@ -308,16 +302,6 @@ def build(args, classes, device):
             if there != here:
                 raise SystemExit(f"--decoder {args.decoder} has {key} {there}, this run {here}")
     return encoder.to(device), network.to(device), config
-
-
-def check_batch(args, num_images, world):
-    """Steps an epoch. Raises SystemExit for a batch that data, ranks or micro-batches can't share."""
-    batch = args.batch_size
-    if num_images < batch:
-        raise SystemExit(f"--data {args.data}: {num_images} images, fewer than --batch-size {batch}")
-    if batch % (world * args.accum):
-        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
-    return num_images // batch
 
 
 def say_what_runs(args, data, config, network, devices, step, steps):
@@ -332,10 +316,9 @@ def save_preview(args, checkpoint, step, num_classes):
     """Samples of the EMA, by the sampler that users run: PNG grid preview-STEP.png."""
     sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
     folder = os.path.join(args.out, f"preview-{step:07d}")
-    flags = ["--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
-    flags += ["--num", str(4 * min(num_classes, 10))]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    if subprocess.run([sys.executable, sampler, *flags], env=environment).returncode:
+    command = [sys.executable, sampler, "--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
+    command += ["--num", str(4 * min(num_classes, 10))]
+    if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
         print(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
 
 
@@ -398,7 +381,11 @@ def main(argv=None):
     rank, world, device = join_ranks()
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
-    steps_per_epoch = check_batch(args, len(data), world)
+    batch, steps_per_epoch = args.batch_size, len(data) // args.batch_size
+    if len(data) < batch:
+        raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
+    if batch % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
     steps = args.steps or round(args.epochs * steps_per_epoch)
     torch.manual_seed(args.seed)
     encoder, network, config = build(args, data.classes, device)
@@ -410,7 +397,7 @@ def main(argv=None):
     start = resume(args, config, **state)
     step = start["step"]
     if args.init and not step:
-        initialise(args.init, network)
+        initialise(network, args.init)
         ema.load_state_dict(network.state_dict())
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.compile()
@@ -443,9 +430,8 @@ def parse_args(argv=None):
     parser = rae_encoder.common_parser(__doc__)
     add = parser.add_argument
     add("--model", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL")
-    for part in ("", "head-"):
-        for size in ("width", "depth", "heads"):
-            add(f"--{part}{size}", type=int, help="instead of the model's own")
+    for size in SIZES:
+        add(f"--{size.replace('_', '-')}", type=int, help="instead of the model's own")
     add("--time-dist", choices=["logit-normal", "uniform"], help="of t before the shift: released, paper")
     add("--shift", type=float, help="default sqrt(C G G / 4096), at least 1; 1 is off")
     add("--stats", help="latent statistics: of rae_encoder.py, a checkpoint's; default: the data's own")

@@ -236,7 +236,7 @@ def test_the_cache_takes_the_place_of_broken_images_like_training_does(folder):
 
 def test_a_cache_larger_than_the_disk_is_refused_at_once(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
-    assert "needs 0.0 GB, 0.0 GB are free" in message(train, "run", "--cache-latents")
+    assert "0.0 GB: can't be written (no room)" in message(train, "run", "--cache-latents")
 
 
 # Other starts: released weights, another checkpoint
@@ -410,13 +410,13 @@ flow_train.main({flags!r})
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_runs_end_with_the_same_bits(folder, world):
-    """SIGKILL at random moments, RAE_KILLS of them. Steps are slowed, so that the kills meet them."""
+    """SIGKILL at random moments, RAE_KILLS of them, of steps slowed to be met; the killed run has a cache."""
     flags = [*TINY.split(), "--steps", "60", "--save-every", "1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     root, rng = str(Path(flow_train.__file__).parent), np.random.default_rng(world)
 
-    def start(out):
-        Path("run.py").write_text(KILLED.format(root=root, flags=[*flags, "--out", f"runs/{out}"]))
+    def start(out, *cache):
+        Path("run.py").write_text(KILLED.format(root=root, flags=[*flags, *cache, "--out", f"runs/{out}"]))
         command = [sys.executable, *(torchrun if world > 1 else []), "run.py"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
@@ -429,7 +429,7 @@ def test_killed_runs_end_with_the_same_bits(folder, world):
     said = whole.communicate()[1]
     assert whole.returncode == 0, said
     for _ in range(int(os.environ.get("RAE_KILLS", 3 - world))):
-        process, before = start("killed"), steps()
+        process, before = start("killed", "--cache-latents"), steps()
         while process.poll() is None and steps() < before + 5:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
@@ -439,7 +439,7 @@ def test_killed_runs_end_with_the_same_bits(folder, world):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
     assert 4 < read("runs/killed/last.pt")["step"] < 60
-    process = start("killed")
+    process = start("killed", "--cache-latents")
     said = process.communicate()[1]
     assert process.returncode == 0, said
     assert same_training("whole", "killed")
