@@ -111,19 +111,15 @@ def cache_latents(args, encoder, data, rank, world):
     record = dict(names=["latents", "label"], formats=[latents, np.int64], offsets=[0, latents.itemsize])
     pages = latents.itemsize // 4096 + 1  # whole ones: machines that share the disk never write into the same
     record = np.dtype(record | dict(itemsize=4096 * pages))
-    if sum_over_ranks(torch.tensor(float(not os.path.exists(path)), device=device)) == 0:
+    if mean_over_ranks(torch.tensor(float(not os.path.exists(path)), device=device)) == 0:
         return np.memmap(path, record, "r")
 
     partial, size = f"{path}.{os.path.basename(out)}", len(data) * record.itemsize
+    if shutil.disk_usage(os.path.dirname(out)).free < size:  # writing to a map without room would kill us
+        raise SystemExit(f"--cache-latents {path}: no room for {size / 1e9:.1f} GB")
     if rank == 0:
-        try:
-            with open(partial, "wb") as file:
-                file.truncate(size)
-            if shutil.disk_usage(partial).free < size:  # a write into a map that finds no room kills
-                raise OSError("no room")
-        except OSError as error:
-            gigabytes = f"{size / 1e9:.1f} GB"
-            raise SystemExit(f"--cache-latents {path}, {gigabytes}: can't be written ({error})") from None
+        with open(partial, "wb") as file:
+            file.truncate(size)
     wait = dist.barrier if world > 1 else lambda: None
     wait()
     records = np.memmap(partial, record, "r+")
@@ -169,7 +165,7 @@ def latent_moments(args, encoder, data, latent_shape, rank, world):
         for ((_, i),) in rae_encoder.even_order(len(data), num, 1, rank, world):
             z = data["latents"][i].astype(np.float64)  # (2,C,G,G)
             total += np.stack([z.sum(0), np.square(z).sum(0)])
-        mean, square = sum_over_ranks(torch.tensor(total, device=encoder.mean.device)) / (2 * num)
+        mean, square = mean_over_ranks(torch.tensor(total, device=encoder.mean.device)) * world / (2 * num)
         return mean.float(), (square - mean.square()).float()
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     how = (args.batch_size, args.precision, args.workers, rank, world)
@@ -191,7 +187,7 @@ def train_step(model, optimizer, x, y, args, shift):
             micro_loss = flow_loss(model, *micro_batch) / args.accum
         micro_loss.backward()
         loss += micro_loss.detach()
-    loss = sum_over_ranks(loss) / (dist.get_world_size() if dist.is_initialized() else 1)
+    loss = mean_over_ranks(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     if torch.isfinite(loss + norm):
         optimizer.step()
@@ -209,9 +205,10 @@ def join_ranks():
     return rank, max(1, world), device
 
 
-def sum_over_ranks(values):
+def mean_over_ranks(values):
     if dist.is_initialized():
         dist.all_reduce(values)
+        values /= dist.get_world_size()
     return values
 
 
@@ -255,8 +252,7 @@ def resume(args, config, **state):
     source = args.resume or next(filter(os.path.exists, (last, previous)), None)
     if not source:
         return {"step": 0}
-    older = source == last and os.path.exists(previous)
-    hint = f"; --resume {previous} goes on from the one before" * older
+    hint = f"; --resume {previous} goes on from the one before" * os.path.exists(previous)
     try:
         checkpoint = read_weights(source)
     except SystemExit as error:
@@ -264,8 +260,7 @@ def resume(args, config, **state):
     if checkpoint.get("format") != "rae-flow/1":
         raise SystemExit(f"--resume {source}: not a rae-flow/1 checkpoint{hint}")
     for key, value in config.items():
-        was = checkpoint["config"].get(key)
-        if was != value:
+        if (was := checkpoint["config"].get(key)) != value:
             raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
         owner.load_state_dict(checkpoint[name])
@@ -275,7 +270,7 @@ def resume(args, config, **state):
 def initialise(network, path):
     """--init: weights of `path`. For another number of classes, of the labels it takes "no class" alone."""
     source, table = dit_dh.load(path), "y_embedder.embedding_table.weight"
-    there, here = (f"{model.sizes} for latents {model.latent_shape}" for model in (source, network))
+    there, here = (f"{model.sizes}, latents {model.latent_shape}" for model in (source, network))
     if there != here:
         raise SystemExit(f"--init {path} is of {there}, this run of {here}")
     weights = source.state_dict()
@@ -304,14 +299,6 @@ def build(args, classes, device):
     return encoder.to(device), network.to(device), config
 
 
-def say_what_runs(args, data, config, network, devices, step, steps):
-    what = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-    what += f"{len(data)} images of {args.data}, {len(data.classes)} classes; {args.encoder} "
-    what += f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} "
-    what += f"({sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters); "
-    print(f"{what}{devices}, {args.precision}; step {step} of {steps}", file=sys.stderr)
-
-
 def save_preview(args, checkpoint, step, num_classes):
     """Samples of the EMA, by the sampler that users run: PNG grid preview-STEP.png."""
     sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
@@ -322,77 +309,22 @@ def save_preview(args, checkpoint, step, num_classes):
         print(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
 
 
-def train(args, model, state, batches, checkpoint, steps, steps_per_epoch, log):
-    """Steps from checkpoint["step"] to `steps` or until a signal; returns the last. Rank 0 logs and saves."""
-    network, ema, optimizer = state.values()
-    step, device = checkpoint["step"], next(network.parameters()).device
-    rank, last = dist.get_rank() if dist.is_initialized() else 0, os.path.join(args.out, "last.pt")
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
-    progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
-    skipped = skipped_in_a_row = 0
-    for x, y in batches:
-        # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step / steps_per_epoch, args)
-        loss, norm = train_step(model, optimizer, x, y, args, checkpoint["config"]["shift"])
-        step += 1
-        if torch.isfinite(loss + norm):
-            skipped_in_a_row = 0
-            window += torch.stack([loss, norm, torch.ones_like(loss)])
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - args.ema)
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            print(f"step {step} skipped: loss {loss:.3g}, gradient norm {norm:.3g}", file=sys.stderr)
-            if skipped_in_a_row == 10:
-                raise SystemExit(
-                    f"10 steps in a row not finite: --precision fp32 or a lower --lr from {last}"
-                )
-        progress.update()
-        # Ranks must leave together, though a signal reaches them one by one.
-        stopped = sum_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
-        final = stopped or step == steps
-        if rank == 0 and (step % args.log_every == 0 or final):
-            loss, norm = (window[:2] / window[2].clamp(min=1)).tolist()
-            rate = (step - window_step) * args.batch_size / (time.time() - window_time)
-            record = dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
-            write_log(log, step, record)
-            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
-        preview = args.decoder and args.preview_every and step % args.preview_every == 0
-        if rank == 0 and (step % args.save_every == 0 or final or preview):
-            checkpoint |= {name: owner.state_dict() for name, owner in state.items()} | {"step": step}
-            save(checkpoint, last)
-            if args.keep_every and step % args.keep_every == 0:
-                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
-            if preview:
-                save_preview(args, last, step, network.num_classes)
-        if stopped:
-            break
-    progress.close()
-    return step
-
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks()
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
     batch, steps_per_epoch = args.batch_size, len(data) // args.batch_size
-    if len(data) < batch:
+    if not steps_per_epoch:
         raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
     if batch % (world * args.accum):
         raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
     steps = args.steps or round(args.epochs * steps_per_epoch)
     torch.manual_seed(args.seed)
     encoder, network, config = build(args, data.classes, device)
-    log = open_log(args.out) if rank == 0 else None
+    log, last = open_log(args.out) if rank == 0 else None, os.path.join(args.out, "last.pt")
     ema = copy.deepcopy(network).requires_grad_(False)
-    weights = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
     state = dict(model=network, ema=ema, optimizer=optimizer)
     start = resume(args, config, **state)
     step = start["step"]
@@ -403,8 +335,12 @@ def main(argv=None):
         network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
     if rank == 0:
-        say_what_runs(args, data, config, network, f"{world} x {device.type}", step, steps)
-
+        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
+        what = f"{len(data)} images of {args.data}, {len(data.classes)} classes; {args.encoder} "
+        what += f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} ({millions:.1f} M "
+        what += f"parameters); {world} x {device.type}, {args.precision}"
+        print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
     source = cache_latents(args, encoder, data, rank, world) if args.cache_latents else data
     moments = start.get("mean"), start.get("var")
     if not step:
@@ -413,15 +349,59 @@ def main(argv=None):
     del start  # as large as all that is trained, on every rank
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     batches = load_latents(args, source, encoder, mean, var, order)
-    checkpoint = dict(format="rae-flow/1", config=config, step=step, args=vars(args))
-    checkpoint |= dict(mean=mean.cpu(), var=var.cpu())
-    step = train(args, model, state, batches, checkpoint, steps, steps_per_epoch, log)
 
-    broken = int(sum_over_ranks(data.broken.to(device).int()).count_nonzero())
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+    skipped = skipped_in_a_row = 0
+    for x, y in batches:
+        # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step / steps_per_epoch, args)
+        loss, norm = train_step(model, optimizer, x, y, args, config["shift"])
+        step += 1
+        if torch.isfinite(loss + norm):
+            skipped_in_a_row = 0
+            window += torch.stack([loss, norm, torch.ones_like(loss)])
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - args.ema)
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            print(f"step {step} skipped: loss {loss:.3g}, gradient norm {norm:.3g}", file=sys.stderr)
+            if skipped_in_a_row == 10:
+                raise SystemExit(f"10 steps in a row not finite; from {last} on: fp32, or a lower --lr")
+        progress.update()
+        # Ranks must leave together, though a signal reaches them one by one.
+        stopped = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
+        final = stopped or step == steps
+        if rank == 0 and (step % args.log_every == 0 or final):
+            loss, norm = (window[:2] / window[2].clamp(min=1)).tolist()
+            rate = (step - window_step) * args.batch_size / (time.time() - window_time)
+            record = dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
+            write_log(log, step, record)
+            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
+            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+        preview = args.decoder and args.preview_every and step % args.preview_every == 0
+        if rank == 0 and (step % args.save_every == 0 or final or preview):
+            checkpoint = {name: owner.state_dict() for name, owner in state.items()}
+            checkpoint |= dict(format="rae-flow/1", config=config, step=step, args=vars(args))
+            checkpoint |= dict(mean=mean.cpu(), var=var.cpu())
+            save(checkpoint, last)
+            if args.keep_every and step % args.keep_every == 0:
+                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
+            if preview:
+                save_preview(args, last, step, len(data.classes))
+        if stopped:
+            break
+    progress.close()
+
+    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if rank == 0:
         replaced = f"; {broken} broken images were replaced by others" if broken else ""
         done = "" if step == steps else "; stopped, the same command goes on from here"
-        print(f"{args.out}/last.pt: step {step} of {steps}{replaced}{done}", file=sys.stderr)
+        print(f"{last}: step {step} of {steps}{replaced}{done}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
 
@@ -450,7 +430,7 @@ def parse_args(argv=None):
     add("--checkpoint-activations", action="store_true", help="less memory: activations are computed twice")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
-    add("--init", metavar="FILE", help="weights to start from, ours or released; other classes can do")
+    add("--init", metavar="FILE", help="weights of a new run's start, ours or released; other classes can do")
     add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
     for event in ("log", "preview", "save"):
         add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
@@ -459,17 +439,10 @@ def parse_args(argv=None):
     if given.model or given.encoder not in (None, DEMO["encoder"]):  # the demo's sizes are of its own network
         presets = PRESETS | {"demo": PRESETS["demo"] | dict.fromkeys(SIZES)}
     args = rae_encoder.parse_with_presets(parser, presets, argv)
-    if args.resume and args.init:
-        raise SystemExit("--resume goes on, --init starts anew: one of them")
-    if args.clip < 0:
-        raise SystemExit(f"--clip {args.clip}: expected a gradient norm, or 0 for off")
     if not 0 <= args.ema < 1:
         raise SystemExit(f"--ema {args.ema}: expected 0 or more, below 1")
-    if args.shift is not None and args.shift <= 0:
-        raise SystemExit(f"--shift {args.shift}: expected more than 0; 1 is off")
-    hold, decay = args.hold_epochs, args.decay_epochs
-    if decay <= hold:
-        raise SystemExit(f"--decay-epochs {decay} must be more than --hold-epochs {hold}")
+    if args.decay_epochs <= args.hold_epochs:
+        raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
     return args
 
 
