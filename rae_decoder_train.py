@@ -11,7 +11,9 @@ The first line is the demo: it draws its own images and takes about a minute on 
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
+import argparse
 import copy
+import fcntl
 import importlib.util
 import json
 import math
@@ -31,14 +33,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import rae_encoder
-from rae_encoder import DEMO, Encoder, ImageData, load_images, read_weights, training_order
+from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, read_weights, training_order
 
 #              width  depth  heads  MLP
 DECODERS = {
-    "ViT-demo": (128, 4, 4, 512),
+    "ViT-mini": (256, 6, 4, 1024),
     "ViT-S": (384, 12, 6, 1536),
     "ViT-B": (768, 12, 12, 3072),
     "ViT-L": (1024, 24, 16, 4096),
@@ -49,12 +52,13 @@ DECODERS = {
 IMAGENET = dict(
     encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1, batch_size=512,
     lpips_weights="hub", accum=1, epochs=16, warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, seed=0,
-    precision="bf16", log_every=100, preview_every=2500, save_every=2500, workers=8, out="runs/decoder",
+    precision="bf16", log_every=100, eval_every=2500, preview_every=2500, save_every=2500, workers=8,
+    out="runs/decoder",
 )  # fmt: skip
 PRESETS = {
     "demo": IMAGENET | DEMO | dict(
-        decoder="ViT-demo", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", batch_size=32, epochs=4,
-        lr=1e-3, ema=0.99, log_every=20, preview_every=100, save_every=100, workers=2,
+        decoder="ViT-mini", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", batch_size=32, epochs=4,
+        lr=1e-3, ema=0.99, log_every=20, eval_every=100, preview_every=100, save_every=100, workers=2,
     ),
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512),
@@ -116,12 +120,15 @@ class Decoder(nn.Module):
     Raises SystemExit for an unknown name.
     """
 
+    recomputes = False  # activations in the backward pass: less memory, one more forward pass
+
     def __init__(self, name, channels, grid, patch_size, mean, std):
         super().__init__()
         if name not in DECODERS:
             raise SystemExit(f"--decoder {name}: not one of {', '.join(DECODERS)}")
         width, depth, heads, mlp = DECODERS[name]
         self.grid, self.patch_size = grid, patch_size
+        self.sizes = dict(name=name, channels=channels, grid=grid, patch_size=patch_size)
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("decoder_pos_embed", sincos_position(width, grid))
@@ -140,7 +147,7 @@ class Decoder(nn.Module):
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
         x = x + self.decoder_pos_embed
         for block in self.decoder_layers:
-            x = block(x)
+            x = recompute(block, x, use_reentrant=False) if self.recomputes else block(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p*p*3)
         x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, 3))
         x = torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3)  # (B, 3, S, S)
@@ -164,20 +171,18 @@ def load_decoder(path, encoder="dinov2-base"):
     try:
         width, channels = state["decoder_embed.weight"].shape
         name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
-        position = state.get("decoder_pos_embed")
-        grid = (
-            math.isqrt(position.shape[1] - 1) if position is not None else 16
-        )  # that of all 256 px releases
-        patch_size = math.isqrt(len(state["decoder_pred.weight"]) // 3)
+        position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
+        grid, patch_size = (
+            math.isqrt(position.shape[1] - 1),
+            math.isqrt(len(state["decoder_pred.weight"]) // 3),
+        )
         pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
         decoder = Decoder(name, channels, grid, patch_size, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
-    except (KeyError, StopIteration, RuntimeError) as error:
+    except (AttributeError, KeyError, StopIteration, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise SystemExit(
-            f"{path}: neither a rae-decoder/1 checkpoint nor a released decoder ({reason})"
-        ) from None
+        raise SystemExit(f"{path}: neither rae-decoder/1 nor a released decoder ({reason})") from None
     return decoder.eval(), {}
 
 
@@ -207,8 +212,11 @@ def learning_rate(step, steps, warmup, lr, final_lr):
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+TERMS = ("loss", "l1", "lpips")
+
+
 def train_step(decoder, encoder, perceptual, optimizer, images, args):
-    """One update by images (B,3,S,S) in `accum` micro-batches; returns means [loss, L1, LPIPS] over them."""
+    """One update by images (B,3,S,S) in `accum` micro-batches; returns their mean TERMS."""
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     with autocast:
         z = encoder(images)  # (B, C, G, G)
@@ -229,14 +237,35 @@ def train_step(decoder, encoder, perceptual, optimizer, images, args):
         (loss / args.accum).backward()
         losses += torch.stack([loss, l1_loss, lpips_loss]).detach() / args.accum
     optimizer.step()
-    return sum_over_ranks(losses) / (dist.get_world_size() if dist.is_initialized() else 1)
+    return losses
+
+
+def to_8_bit(images):
+    """Images clamped to [0,1] and rounded, not truncated, to the 256 levels of a file."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+@torch.no_grad()
+def evaluate(decoder, encoder, perceptual, data, args, device, rank, world):
+    """Means over the images of `data` of PSNR in dB on 8-bit pixels and, where it is trained with, LPIPS.
+
+    In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    order = even_order(len(data), len(data), args.batch_size // (world * args.accum), rank, world)
+    for x, _ in load_images(data, order, device, args.workers):
+        xhat = to_8_bit(decoder(encoder(x)))
+        totals[0] += (-10 * (xhat - x).square().mean((1, 2, 3)).log10()).sum()
+        totals[1] += perceptual(2 * xhat - 1, 2 * x - 1).sum() if perceptual else 0
+    psnr, lpips_distance = (sum_over_ranks(totals) / len(data)).tolist()
+    return {"eval_psnr": psnr} | ({"eval_lpips": lpips_distance} if perceptual else {})
 
 
 @torch.no_grad()
 def save_preview(path, decoder, encoder, images):
     """PNG with the originals (B,3,S,S) over their reconstructions."""
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
-    pixels = (rows.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
+    pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
     Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
 
 
@@ -245,14 +274,13 @@ def save_preview(path, decoder, encoder, images):
 
 def join_ranks():
     """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return rank, max(1, world), device
 
 
 def sum_over_ranks(values):
@@ -262,13 +290,15 @@ def sum_over_ranks(values):
 
 
 def open_log(folder):
-    """metrics.jsonl to append to, and a TensorBoard writer where that package is installed, else None."""
-    file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
-    if not importlib.util.find_spec("tensorboard"):
-        return file, None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return file, SummaryWriter(folder)
+    """metrics.jsonl, locked while this process lives, and TensorBoard's writer where that is installed."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+    except OSError as error:
+        raise SystemExit(f"--out {folder}: another run is in it, or it can't be written ({error})") from None
+    board = importlib.util.find_spec("tensorboard") and importlib.import_module("torch.utils.tensorboard")
+    return file, board and board.SummaryWriter(folder)
 
 
 def write_log(log, step, record):
@@ -279,48 +309,70 @@ def write_log(log, step, record):
 
 
 def save(checkpoint, path):
-    """Written beside it, flushed, renamed over it: a reader never sees half a file."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    """Written beside it, flushed, renamed over it; a last.pt that was there stays as previous.pt."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            os.replace(path, os.path.join(os.path.dirname(path), "previous.pt"))
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise SystemExit(f"{path}: can't be written ({error}); the checkpoint before it is whole") from None
 
 
-def resume(path, config, **state):
-    """Loads what `save` wrote into the networks and optimizers of `state` and returns the step."""
-    checkpoint = read_weights(path)
+def resume(args, config, **state):
+    """Loads --resume, or the run folder's last checkpoint, into `state`; returns it, or {"step": 0}."""
+    last, previous = (os.path.join(args.out, name) for name in ("last.pt", "previous.pt"))
+    source = args.resume or next(filter(os.path.exists, (last, previous)), None)
+    if not source:
+        return {"step": 0}
+    way_out = (
+        f"`--resume {previous}` goes on from the one before" if os.path.exists(previous) else "another --out"
+    )
+    try:
+        checkpoint = read_weights(source)
+    except SystemExit as error:
+        raise SystemExit(f"{error}; {way_out}") from None
     if checkpoint.get("format") != "rae-decoder/1":
-        raise SystemExit(f"--resume {path}: not a rae-decoder/1 checkpoint")
+        raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint; {way_out}")
     for key, value in config.items():
-        if checkpoint["config"][key] != value:
-            was = checkpoint["config"][key]
-            raise SystemExit(f"{path} has {key} {was}, this run {value}: same flags, or another --out")
+        if (was := checkpoint["config"].get(key)) != value:
+            raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
         owner.load_state_dict(checkpoint[name])
-    return checkpoint["step"]
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def build(args, device):
+def build(args):
     """Returns (encoder, decoder, config); config is what later stages need to know of them."""
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
-    patch_size = args.patch_size or args.image_size / encoder.grid
-    if args.image_size % patch_size or patch_size % 1:
+    size, p = args.image_size, args.patch_size
+    encoder = Encoder(args.encoder, args.encoder_size, size * 16 // (p or 16), args.encoder_weights)
+    p = p or size / encoder.grid
+    if size % p or p % 1:
         raise SystemExit(
-            f"--image-size {args.image_size} is no multiple of the patch: {encoder.grid} tokens a side, "
-            f"patch size {patch_size:g}; change --image-size, --encoder-size or --patch-size"
+            f"--image-size {size} is no multiple of the patch: {encoder.grid} tokens a side, patch size {p:g}"
+            "; change --image-size, --encoder-size or --patch-size"
         )
-    patch_size = int(patch_size)
-    network = dict(name=args.decoder, channels=encoder.width, grid=args.image_size // patch_size)
     pixels = dict(mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist())
-    network |= pixels | dict(patch_size=patch_size)
+    sizes = dict(name=args.decoder, channels=encoder.width, grid=int(size / p), patch_size=int(p)) | pixels
     config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
-    latent_shape = [encoder.width, encoder.grid, encoder.grid]
-    config |= dict(encoder_size=encoder.encoder_size, decoder=network, latent_shape=latent_shape)
-    return encoder.to(device), Decoder(**network).to(device), config
+    config |= dict(
+        encoder_size=encoder.encoder_size, latent_shape=[encoder.width, encoder.grid, encoder.grid]
+    )
+    decoder = Decoder(**sizes)
+    if args.init:
+        start = load_decoder(args.init, args.encoder)[0]
+        for key, value in decoder.sizes.items():
+            if start.sizes[key] != value:
+                raise SystemExit(f"--init {args.init} has {key} {start.sizes[key]}, this run {value}")
+        decoder.load_state_dict(start.state_dict())
+    decoder.recomputes = args.checkpoint_activations
+    return encoder, decoder, config | dict(decoder=sizes)
 
 
 def check_batch(args, num_images, world):
@@ -333,16 +385,6 @@ def check_batch(args, num_images, world):
     return num_images // batch
 
 
-def say_what_runs(args, data, config, network, devices, step, steps):
-    demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-    parameters = sum(p.numel() for p in network.parameters()) / 1e6
-    print(
-        f"{demo}{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> {args.decoder} "
-        f"({parameters:.1f} M parameters); {devices}, {args.precision}; step {step} of {steps}",
-        file=sys.stderr,
-    )
-
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks()
@@ -351,41 +393,45 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
-    steps_per_epoch = check_batch(args, len(data), world)
-    steps = args.steps or round(args.epochs * steps_per_epoch)
-    warmup = max(1, round(args.warmup_epochs * steps_per_epoch))
+    held_out = ImageData(args.eval_data or args.data, args.image_size, skip_broken=args.skip_broken)
+    epoch = check_batch(args, len(data), world)
+    steps, warmup = args.steps or round(args.epochs * epoch), round(args.warmup_epochs * epoch)
+    log = open_log(args.out) if rank == 0 else None
 
     torch.manual_seed(args.seed)
-    encoder, decoder, config = build(args, device)
+    encoder, decoder, config = build(args)
+    encoder, decoder = encoder.to(device), decoder.to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False)
     perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
     optimizer = torch.optim.AdamW(decoder.parameters(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
     state = dict(model=decoder, ema=ema, optimizer=optimizer)
+    step = resume(args, config, **state)["step"]
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        for block in decoder.decoder_layers:  # block by block: one compilation serves them all
+            block.compile()
+    model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
 
     last = os.path.join(args.out, "last.pt")
-    source = args.resume or (last if os.path.exists(last) else None)
-    step = resume(source, config, **state) if source else 0
-    if args.compile:
-        decoder.compile()
-    model = DistributedDataParallel(decoder) if world > 1 else decoder
     if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        log = open_log(args.out)
-        say_what_runs(args, data, config, decoder, f"{world} x {device.type}", step, steps)
-        plain = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
-        shown, _ = next(load_images(plain, rae_encoder.even_order(len(plain), 8, 8), device))
+        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
+        millions = sum(p.numel() for p in decoder.parameters()) / 1e6
+        what = (
+            f"{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> {args.decoder} "
+        )
+        what += f"({millions:.1f} M parameters); {world} x {device.type}, {args.precision}"
+        print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
+        shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+    scores, window, seconds, tick = {}, [], 0, time.time()
     for images, _ in load_images(data, order, device, args.workers):
         # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr, args.final_lr)
-        window += train_step(model, encoder, perceptual, optimizer, images, args)
+        window.append(train_step(model, encoder, perceptual, optimizer, images, args))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(decoder.parameters()), 1 - args.ema)
         step += 1
@@ -393,12 +439,23 @@ def main(argv=None):
         # Ranks must leave together, though a signal reaches them one by one.
         stopped = sum_over_ranks(torch.tensor(float(stop.is_set()), device=device)).item() > 0
         final = stopped or step == steps
-        if rank == 0 and (step % args.log_every == 0 or final):
-            loss, l1, lpips_loss = (window / (step - window_step)).tolist()
-            rate = (step - window_step) * args.batch_size / (time.time() - window_time)
-            write_log(log, step, dict(loss=loss, l1=l1, lpips=lpips_loss, lr=lr, images_per_s=round(rate, 1)))
-            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+        seconds += time.time() - tick
+        if step % args.log_every == 0 or final:
+            terms = (sum_over_ranks(torch.stack(window).mean(0)) / world).tolist()
+            if not math.isfinite(terms[0]):
+                raise SystemExit(
+                    f"step {step}: loss {terms[0]}; go on from {last}, --precision fp32 or lower --lr"
+                )
+            rate = round(len(window) * args.batch_size / seconds, 1)
+            if rank == 0:
+                record = dict(zip(TERMS, terms, strict=True), lr=lr, images_per_s=rate)
+                write_log(log, step, record)
+                progress.set_postfix(loss=f"{terms[0]:.4f}", images_per_s=rate, **scores)
+            window, seconds = [], 0
+        if args.eval_data and (step % args.eval_every == 0 or step == steps):
+            scores = evaluate(ema, encoder, perceptual, held_out, args, device, rank, world)
+            if rank == 0:
+                write_log(log, step, scores)
         if rank == 0 and args.preview_every and (step % args.preview_every == 0 or final):
             save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), ema, encoder, shown)
         if rank == 0 and (step % args.save_every == 0 or final):
@@ -409,6 +466,7 @@ def main(argv=None):
                 save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
         if stopped:
             break
+        tick = time.time()
     progress.close()
 
     broken = int(sum_over_ranks(data.broken.to(device).float()).count_nonzero())
@@ -425,20 +483,23 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--decoder", help=", ".join(DECODERS))
     add("--patch-size", type=int, help="pixels a side of a decoder token; default image size / tokens a side")
+    add("--init", help="decoder to start from: a checkpoint of this script, or a released model.pt")
     add("--noise-tau", type=float, help="latent noise: sigma ~ U(0, tau) for each image")
     add("--lpips-weight", type=float, help="0 goes without LPIPS")
     add("--lpips-weights", choices=["hub", "random"], help="VGG-16: torchvision's, or untrained")
     add("--accum", type=int, help="micro-batches a step")
+    add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: with CUDA")
     add("--epochs", type=float, help="passes over the data")
     add("--steps", type=int, help="instead of --epochs")
     add("--warmup-epochs", type=float, help="linear warm-up of the learning rate")
     add("--lr", type=float, help="AdamW's learning rate")
     add("--final-lr", type=float, help="where the cosine ends")
     add("--ema", type=float, help="decay of the averaged weights, a step")
-    add("--compile", action="store_true", help="torch.compile the decoder")
     add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
     add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
-    for event in ("log", "preview", "save"):
+    add("--eval-data", help="folder or .tar of held-out images, for PSNR, LPIPS and the preview")
+    for event in ("log", "eval", "preview", "save"):
         add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
     return rae_encoder.parse_with_presets(parser, PRESETS, argv)

@@ -17,13 +17,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(autouse=True)
 def small_vit(monkeypatch):
-    """ViT-demo small enough for loops in Python."""
-    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-demo", (16, 2, 2, 24))
+    """ViT-mini small enough for loops in Python."""
+    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-mini", (16, 2, 2, 24))
 
 
 def random_decoder(channels=6, grid=3, patch_size=4):
     torch.manual_seed(0)
-    decoder = Decoder("ViT-demo", channels, grid, patch_size, IMAGENET_MEAN, IMAGENET_STD).eval()
+    decoder = Decoder("ViT-mini", channels, grid, patch_size, IMAGENET_MEAN, IMAGENET_STD).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return decoder
@@ -139,7 +139,7 @@ def test_released_names_and_files(tmp_path):
     assert torch.allclose(siglip(z), pixels * 0.5 + 0.5, atol=1e-5)
     for broken in ({"a": torch.zeros(1)}, state | {"extra": torch.zeros(1)}):
         torch.save(broken, path)
-        with pytest.raises(SystemExit, match="neither a rae-decoder/1 checkpoint nor a released decoder"):
+        with pytest.raises(SystemExit, match="neither rae-decoder/1 nor a released decoder"):
             load_decoder(path)
 
 
