@@ -1,13 +1,13 @@
 """Stage 1 of RAE: train a ViT decoder that turns the frozen encoder's latents back into images.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 3, 4.3.
-Noise is added to the latents in training, so that the decoder forgives what stage 2 will generate.
+L1, LPIPS and a GAN; noise on the latents, so that the decoder forgives what stage 2 will generate.
 
     torchrun rae_decoder_train.py
     torchrun --nproc_per_node 8 rae_decoder_train.py --preset imagenet256 --data imagenet/train
     torchrun rae_decoder_train.py --data my_images --image-size 64 --encoder dinov2-small --decoder ViT-S
 
-The first line is the demo: it draws its own images and takes about a minute on a laptop's CPU.
+The first line is the demo: it draws its own images, has no GAN and takes minutes on a laptop's CPU.
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
@@ -20,7 +20,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -48,21 +48,23 @@ DECODERS = {
     "ViT-XL": (1152, 28, 16, 4096),
 }
 
-# Paper, appendix: 16 epochs of 512 images, AdamW 2e-4 down to 2e-5, EMA 0.9978, tau 0.8.
+# As released; in epochs the discriminator learns from 6 and the decoder hears it from 8 on.
 IMAGENET = dict(
-    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1, batch_size=512,
-    lpips_weights="hub", accum=1, epochs=16, warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, seed=0,
-    precision="bf16", log_every=100, eval_every=2500, preview_every=2500, save_every=2500, workers=8,
-    out="runs/decoder",
+    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1,
+    lpips_weights="hub", gan_weight=0.75, disc_start=6, gan_start=8, batch_size=512, accum=1, epochs=16,
+    warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, seed=0, precision="bf16", log_every=100,
+    eval_every=2500, preview_every=2500, save_every=2500, workers=8, out="runs/decoder",
 )  # fmt: skip
 PRESETS = {
     "demo": IMAGENET | DEMO | dict(
-        decoder="ViT-mini", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", batch_size=32, epochs=4,
-        lr=1e-3, ema=0.99, log_every=20, eval_every=100, preview_every=100, save_every=100, workers=2,
+        decoder="ViT-mini", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", gan_weight=0,
+        disc_start=1, gan_start=2, batch_size=32, epochs=4, lr=1e-3, ema=0.99, log_every=20, eval_every=100,
+        preview_every=100, save_every=100, workers=2,
     ),
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512),
 }  # fmt: skip
+TERMS = ("loss", "l1", "lpips", "gan", "lambda", "disc")
 
 
 # --------------------------------------------------------------------------------------------- decoder
@@ -80,6 +82,10 @@ def sincos_position(width, grid):
     return F.pad(tokens, (0, 0, 1, 0)).float()[None]
 
 
+def dense(*sizes):
+    return nn.ModuleDict({"dense": nn.Linear(*sizes)})
+
+
 class Block(nn.Module):
     """A pre-LN transformer block (B, 1 + N, W); nested so that its state dict has the released names."""
 
@@ -87,19 +93,15 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        attention_output = nn.ModuleDict({"dense": nn.Linear(width, width)})
-        self.attention = nn.ModuleDict({"attention": projections, "output": attention_output})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(mlp, width)})
-        self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
-        self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
+        self.attention = nn.ModuleDict({"attention": projections, "output": dense(width, width)})
+        self.intermediate, self.output = dense(width, mlp), dense(mlp, width)
+        self.layernorm_before, self.layernorm_after = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
 
     def forward(self, x):
         h = self.layernorm_before(x)
-        projections = self.attention["attention"]
         q, k, v = (
-            projections[name](h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1 + N, W/heads)
-            for name in ("query", "key", "value")
+            projection(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1 + N, W/heads)
+            for projection in self.attention["attention"].values()
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, 1 + N, W)
         x = x + self.attention["output"]["dense"](h)
@@ -110,17 +112,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """ViT decoder: un-normalised latents (B,C,g,g) -> images (B,3,S,S) in about [0,1] (section 3.2).
 
-    Args:
-        name: a row of DECODERS.
-        channels: token width C of the encoder.
-        grid: tokens a side G of the decoder; latents of another grid are interpolated.
-        patch_size: pixels a side of a token, so that S = G * patch_size.
-        mean, std: of the encoder, three numbers each: the network works on normalised pixels.
-
-    Raises SystemExit for an unknown name.
+    name: a row of DECODERS. channels: C. grid: G, to which latents of another grid are interpolated.
+    patch_size: p = S / G. mean, std: of the encoder, three numbers each: it works on normalised pixels.
     """
 
-    recomputes = False  # activations in the backward pass: less memory, one more forward pass
+    recomputes = False  # its blocks in the backward pass, to save memory
 
     def __init__(self, name, channels, grid, patch_size, mean, std):
         super().__init__()
@@ -128,7 +124,6 @@ class Decoder(nn.Module):
             raise SystemExit(f"--decoder {name}: not one of {', '.join(DECODERS)}")
         width, depth, heads, mlp = DECODERS[name]
         self.grid, self.patch_size = grid, patch_size
-        self.sizes = dict(name=name, channels=channels, grid=grid, patch_size=patch_size)
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("decoder_pos_embed", sincos_position(width, grid))
@@ -141,8 +136,9 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.decoder_embed(z.flatten(2).mT)  # (B, g*g, W)
         if z.shape[-1] != self.grid:
-            x = x.mT.unflatten(2, z.shape[-2:])  # (B, W, g, g)
-            x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
+            x = F.interpolate(
+                x.mT.unflatten(2, z.shape[-2:]), size=self.grid, mode="bilinear"
+            )  # (B, W, G, G)
             x = x.flatten(2).mT  # (B, N, W)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
         x = x + self.decoder_pos_embed
@@ -172,12 +168,9 @@ def load_decoder(path, encoder="dinov2-base"):
         width, channels = state["decoder_embed.weight"].shape
         name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
         position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
-        grid, patch_size = (
-            math.isqrt(position.shape[1] - 1),
-            math.isqrt(len(state["decoder_pred.weight"]) // 3),
-        )
+        grid, p = math.isqrt(position.shape[1] - 1), math.isqrt(len(state["decoder_pred.weight"]) // 3)
         pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
-        decoder = Decoder(name, channels, grid, patch_size, pixels.mean, pixels.std)
+        decoder = Decoder(name, channels, grid, p, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
     except (AttributeError, KeyError, StopIteration, RuntimeError) as error:
@@ -186,23 +179,90 @@ def load_decoder(path, encoder="dinov2-base"):
     return decoder.eval(), {}
 
 
-# ------------------------------------------------------------------------------------------------ step
+# -------------------------------------------------------------------------------------- losses and step
 
 
 def perceptual_loss(weights):
     """LPIPS on VGG-16 (Zhang et al. 2018), images in [-1,1]; weights: "hub" (torchvision's) or "random"."""
     warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by deprecated names
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # untrained weights are the same on every rank and after a resume
-            network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
+        network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
     except OSError as error:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise SystemExit(
-            f"LPIPS: vgg16-397923af.pth can't be had from download.pytorch.org ({error}): put it into "
-            f"{folder}, or go without by --lpips-weight 0"
-        ) from None
+        raise SystemExit(f"LPIPS needs {folder}/vgg16-397923af.pth ({error}); or --lpips-weight 0") from None
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class Discriminator(nn.Module):
+    """Images (B,3,S,S) in [-1,1] -> logits (B, 5*784), one for each head and token (after Sauer et al. 2023).
+
+    Heads on the patch tokens of a frozen DINO ViT-S/8: after the last block, then after blocks 3, 6, 9, 12.
+    weights: None (hub), "random", or a .safetensors / .pt file with timm's keys.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        try:
+            self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", weights).requires_grad_(False)
+        except SystemExit as error:
+            raise SystemExit(str(error).replace("--encoder", "--disc")) from None
+        for block in self.vit.blocks:
+            block.mlp.act = nn.GELU("tanh")  # as released
+        self.heads = nn.ModuleList(disc_head(self.vit.embed_dim) for _ in range(5))
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
+
+    def forward(self, x):
+        x = (F.interpolate(x, size=224, mode="bilinear") / 2 + 0.5 - self.mean) / self.std  # (B, 3, 224, 224)
+        features = self.vit.forward_intermediates(x, [2, 5, 8, 11], output_fmt="NLC", intermediates_only=True)
+        logits = []
+        with torch.autocast(x.device.type, enabled=False):  # spectral norm iterates in fp32
+            for (first, second, last), tokens in zip(self.heads, features[-1:] + features, strict=True):
+                h = first(tokens.float().mT)  # (B, 384, 784)
+                h = (h + second(h)) / math.sqrt(2)
+                logits.append(last(h).flatten(1))  # (B, 784)
+        return torch.cat(logits, dim=1)
+
+
+def disc_head(width):
+    def layer(size):
+        convolution = nn.Conv1d(width, width, size, padding=size // 2, padding_mode="circular")
+        # Over the tokens of one image, as released. The paper says batch norm.
+        norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
+        return nn.Sequential(spectral_norm(convolution), norm, nn.LeakyReLU(0.2))
+
+    return nn.ModuleList([layer(1), layer(9), spectral_norm(nn.Conv1d(width, 1, 1))])
+
+
+def diff_augment(x, u=None):
+    """Differentiable augmentation of images (B,3,S,S) in [-1,1], each with its own draw (Zhao et al. 2020).
+
+    u: (B,5) uniform in [0,1), drawn if not given: moves down and right of up to S/8 whole pixels, brightness
+    +-0.5, saturation times 0 to 2, contrast times 0.5 to 1.5. 0.5 throughout changes nothing.
+    """
+    u = torch.rand(len(x), 5, device=x.device) if u is None else u
+    size, reach = x.shape[-1], round(x.shape[-1] / 8)
+    first = ((1 - u[:, :2]) * (2 * reach + 1)).long().clamp(max=2 * reach)  # (B, 2) row, column of the padded
+    rows, columns = (first[..., None] + torch.arange(size, device=x.device)).unbind(1)  # (B, S) each
+    x = F.pad(x, [reach] * 4)
+    x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[-1]))
+    x = x.gather(3, columns[:, None, None, :].expand(-1, 3, size, -1))  # (B, 3, S, S)
+    brightness, saturation, contrast = u[:, 2:].mT[..., None, None, None]  # (B, 1, 1, 1) each
+    x = x + brightness - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+def hinge_loss(real, fake):
+    """Of the discriminator's logits (appendix)."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction, gan):
+    """lambda from the gradients of L1 + LPIPS and of the GAN loss at the last weight, as released."""
+    return (reconstruction.norm() / (gan.norm() + 1e-6)).clamp(0, 1e4)
 
 
 def learning_rate(step, steps, warmup, lr, final_lr):
@@ -212,37 +272,79 @@ def learning_rate(step, steps, warmup, lr, final_lr):
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-TERMS = ("loss", "l1", "lpips")
-
-
-def train_step(decoder, encoder, perceptual, optimizer, images, args):
-    """One update by images (B,3,S,S) in `accum` micro-batches; returns their mean TERMS."""
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    with autocast:
-        z = encoder(images)  # (B, C, G, G)
-    # Section 4.3, as released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
-    sigma = args.noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
-    z = z + sigma * torch.randn_like(z)
-    losses = torch.zeros(3, device=z.device)
-    optimizer.zero_grad()
-    for k, (x, z_k) in enumerate(zip(images.chunk(args.accum), z.chunk(args.accum), strict=True)):
-        decoder.require_backward_grad_sync = k == args.accum - 1  # DDP exchanges gradients once a step
-        with autocast:
-            xhat = decoder(z_k)
-            lpips_loss = (
-                perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else xhat.new_zeros(())
-            )
-        l1_loss = (xhat - x).abs().mean()
-        loss = l1_loss + args.lpips_weight * lpips_loss
-        (loss / args.accum).backward()
-        losses += torch.stack([loss, l1_loss, lpips_loss]).detach() / args.accum
-    optimizer.step()
-    return losses
-
-
 def to_8_bit(images):
     """Images clamped to [0,1] and rounded, not truncated, to the 256 levels of a file."""
     return (images.clamp(0, 1) * 255).round() / 255
+
+
+def judge(xhat, x, u, perceptual, disc, args):
+    """[L1, LPIPS, GAN loss], and the gradients at xhat's pixels of L1 + LPIPS and of the GAN loss."""
+    xhat = xhat.detach().requires_grad_()
+    l1 = (xhat - x).abs().mean()
+    lpips_loss = perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else 0 * l1.detach()
+    gan = -disc(diff_augment(2 * xhat - 1, u)).mean() if disc else 0 * xhat.sum()
+    gradients = [torch.autograd.grad(loss, xhat)[0] for loss in (l1 + args.lpips_weight * lpips_loss, gan)]
+    return torch.stack([l1, lpips_loss, gan]).detach(), torch.stack(gradients)
+
+
+def decoder_step(model, perceptual, disc, optimizer, images, z, args):
+    """One update by images (B,3,S,S) and latents (B,C,G,G) in `accum` micro-batches; returns TERMS.
+
+    disc None leaves the GAN out. lambda is that of the whole batch, all micro-batches and ranks: none can go
+    back through the decoder before the last is judged. So the gradients at their pixels are kept, and the
+    decoder alone runs again, for all but the last. (The released lambda is of one micro-batch on one rank.)
+    """
+    # Section 4.3, as released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
+    z = z + args.noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)
+    u = torch.rand(len(z), 5, device=z.device)
+    autocast = torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    weight = getattr(model, "module", model).decoder_pred.weight
+    losses, at_weight, waiting = 0, torch.zeros(2, *weight.shape, device=z.device), []
+    optimizer.zero_grad()
+    for k, (x, z_k, u_k) in enumerate(zip(*(part.chunk(args.accum) for part in (images, z, u)), strict=True)):
+        # DDP exchanges gradients in the last backward pass alone.
+        model.require_backward_grad_sync = k == args.accum - 1 and (args.accum == 1 or not disc)
+        xhat = None  # frees the activations of the micro-batch before
+        with autocast:
+            xhat = model(z_k)  # (B / accum, 3, S, S)
+            losses_k, gradients = judge(xhat, x, u_k, perceptual, disc, args)
+        losses, gradients = losses + losses_k / args.accum, gradients / args.accum
+        if disc:
+            waiting.append((z_k, gradients))
+            for i in range(2):
+                at_weight[i] += torch.autograd.grad(xhat, weight, gradients[i], retain_graph=True)[0]
+        else:
+            xhat.backward(gradients[0])
+    scale = adaptive_weight(*mean_over_ranks(at_weight)) if disc else losses.new_zeros(())
+    if disc:
+        xhat.backward(gradients[0] + args.gan_weight * scale * gradients[1])
+    for k, (z_k, gradients) in enumerate(waiting[:-1], 2):
+        model.require_backward_grad_sync = k == args.accum
+        with autocast:
+            xhat = model(z_k)
+        xhat.backward(gradients[0] + args.gan_weight * scale * gradients[1])
+    optimizer.step()
+    loss = losses @ losses.new_tensor([1, args.lpips_weight, 0]) + args.gan_weight * scale * losses[2]
+    return torch.stack([loss, *losses, scale, 0 * scale])
+
+
+def disc_step(model, decoder, optimizer, images, z, args):
+    """One update of the discriminator by images and by fakes from latents without noise; returns its loss."""
+    u, total = torch.rand(len(z), 2, 5, device=z.device), 0  # real and fake have their own draws
+    optimizer.zero_grad()
+    for k, (x, z_k, u_k) in enumerate(zip(*(part.chunk(args.accum) for part in (images, z, u)), strict=True)):
+        model.require_backward_grad_sync = k == args.accum - 1
+        model.train(k == 0)  # here alone spectral norm iterates: once a step
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with torch.no_grad():
+                fake = to_8_bit(decoder(z_k))
+            both = diff_augment(2 * torch.cat([x, fake]) - 1, u_k.transpose(0, 1).flatten(0, 1))
+            loss = hinge_loss(*model(both).chunk(2)) / args.accum
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step()
+    model.eval()
+    return total
 
 
 @torch.no_grad()
@@ -257,8 +359,8 @@ def evaluate(decoder, encoder, perceptual, data, args, device, rank, world):
         xhat = to_8_bit(decoder(encoder(x)))
         totals[0] += (-10 * (xhat - x).square().mean((1, 2, 3)).log10()).sum()
         totals[1] += perceptual(2 * xhat - 1, 2 * x - 1).sum() if perceptual else 0
-    psnr, lpips_distance = (sum_over_ranks(totals) / len(data)).tolist()
-    return {"eval_psnr": psnr} | ({"eval_lpips": lpips_distance} if perceptual else {})
+    psnr, lpips_loss = (mean_over_ranks(totals) * world / len(data)).tolist()
+    return {"eval_psnr": psnr} | ({"eval_lpips": lpips_loss} if perceptual else {})
 
 
 @torch.no_grad()
@@ -283,9 +385,10 @@ def join_ranks():
     return rank, max(1, world), device
 
 
-def sum_over_ranks(values):
+def mean_over_ranks(values):
     if dist.is_initialized():
         dist.all_reduce(values)
+        values /= dist.get_world_size()
     return values
 
 
@@ -328,9 +431,7 @@ def resume(args, config, **state):
     source = args.resume or next(filter(os.path.exists, (last, previous)), None)
     if not source:
         return {"step": 0}
-    way_out = (
-        f"`--resume {previous}` goes on from the one before" if os.path.exists(previous) else "another --out"
-    )
+    way_out = f"--resume {previous}, the one before" if os.path.exists(previous) else "another --out"
     try:
         checkpoint = read_weights(source)
     except SystemExit as error:
@@ -341,6 +442,8 @@ def resume(args, config, **state):
         if (was := checkpoint["config"].get(key)) != value:
             raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
+        if name not in checkpoint:
+            raise SystemExit(f"{source} has no {name}: --gan-weight 0, or --init with another --out")
         owner.load_state_dict(checkpoint[name])
     return checkpoint
 
@@ -352,37 +455,23 @@ def build(args):
     """Returns (encoder, decoder, config); config is what later stages need to know of them."""
     size, p = args.image_size, args.patch_size
     encoder = Encoder(args.encoder, args.encoder_size, size * 16 // (p or 16), args.encoder_weights)
-    p = p or size / encoder.grid
+    tokens, p = encoder.grid, p or size / encoder.grid
     if size % p or p % 1:
-        raise SystemExit(
-            f"--image-size {size} is no multiple of the patch: {encoder.grid} tokens a side, patch size {p:g}"
-            "; change --image-size, --encoder-size or --patch-size"
-        )
-    pixels = dict(mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist())
-    sizes = dict(name=args.decoder, channels=encoder.width, grid=int(size / p), patch_size=int(p)) | pixels
+        problem = f"--image-size {size} is no multiple of the patch: {tokens} tokens a side, patch size {p:g}"
+        raise SystemExit(f"{problem}; change --image-size, --encoder-size or --patch-size")
+    sizes = dict(name=args.decoder, channels=encoder.width, grid=int(size / p), patch_size=int(p))
+    sizes |= {key: getattr(encoder, key).flatten().tolist() for key in ("mean", "std")}
     config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
-    config |= dict(
-        encoder_size=encoder.encoder_size, latent_shape=[encoder.width, encoder.grid, encoder.grid]
-    )
+    config |= dict(encoder_size=encoder.encoder_size, latent_shape=[encoder.width, tokens, tokens])
     decoder = Decoder(**sizes)
-    if args.init:
-        start = load_decoder(args.init, args.encoder)[0]
-        for key, value in decoder.sizes.items():
-            if start.sizes[key] != value:
-                raise SystemExit(f"--init {args.init} has {key} {start.sizes[key]}, this run {value}")
-        decoder.load_state_dict(start.state_dict())
     decoder.recomputes = args.checkpoint_activations
+    if args.init:
+        start = load_decoder(args.init, args.encoder)[0].state_dict()
+        for name, value in decoder.state_dict().items():
+            if name not in start or start[name].shape != value.shape:
+                raise SystemExit(f"--init {args.init}: of other sizes, its {name} is not {list(value.shape)}")
+        decoder.load_state_dict(start)
     return encoder, decoder, config | dict(decoder=sizes)
-
-
-def check_batch(args, num_images, world):
-    """Steps an epoch. Raises SystemExit for a batch that data, ranks or micro-batches can't share."""
-    batch = args.batch_size
-    if num_images < batch:
-        raise SystemExit(f"--data {args.data}: {num_images} images, fewer than --batch-size {batch}")
-    if batch % (world * args.accum):
-        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
-    return num_images // batch
 
 
 def main(argv=None):
@@ -394,8 +483,14 @@ def main(argv=None):
         dist.barrier()
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
     held_out = ImageData(args.eval_data or args.data, args.image_size, skip_broken=args.skip_broken)
-    epoch = check_batch(args, len(data), world)
-    steps, warmup = args.steps or round(args.epochs * epoch), round(args.warmup_epochs * epoch)
+    epoch, batch = len(data) // args.batch_size, args.batch_size
+    if not epoch:
+        raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
+    if batch % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
+    counts = (args.epochs, args.warmup_epochs, args.disc_start, args.gan_start)
+    steps, warmup, disc_start, gan_start = (round(epoch * count) for count in counts)
+    steps = args.steps or steps
     log = open_log(args.out) if rank == 0 else None
 
     torch.manual_seed(args.seed)
@@ -403,13 +498,21 @@ def main(argv=None):
     encoder, decoder = encoder.to(device), decoder.to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False)
     perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    optimizer = torch.optim.AdamW(decoder.parameters(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
+    adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     state = dict(model=decoder, ema=ema, optimizer=optimizer)
+    if disc:
+        disc_optimizer = torch.optim.AdamW(disc.heads.parameters(), **adamw)
+        state |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
     step = resume(args, config, **state)["step"]
     if args.compile or (args.compile is None and device.type == "cuda"):
         for block in decoder.decoder_layers:  # block by block: one compilation serves them all
             block.compile()
-    model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
+    model, disc_model = decoder, disc
+    if world > 1:
+        model = DistributedDataParallel(decoder, broadcast_buffers=False)
+        disc_model = DistributedDataParallel(disc, broadcast_buffers=False) if disc else None
 
     last = os.path.join(args.out, "last.pt")
     if rank == 0:
@@ -421,41 +524,47 @@ def main(argv=None):
         what += f"({millions:.1f} M parameters); {world} x {device.type}, {args.precision}"
         print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
         shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
-    stop = threading.Event()
+    stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
+        signal.signal(number, lambda *_: stop.append(True))
+    order = training_order(len(data), batch, args.seed, step, steps, rank, world)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+    schedule = (steps, warmup, args.lr, args.final_lr)
     scores, window, seconds, tick = {}, [], 0, time.time()
     for images, _ in load_images(data, order, device, args.workers):
         # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr, args.final_lr)
-        window.append(train_step(model, encoder, perceptual, optimizer, images, args))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z = encoder(images)  # (B, C, G, G)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, *schedule)
+        heard = disc if step >= gan_start else None
+        terms = decoder_step(model, perceptual, heard, optimizer, images, z, args)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(decoder.parameters()), 1 - args.ema)
+        if disc and step >= disc_start:
+            disc_optimizer.param_groups[0]["lr"] = learning_rate(step - disc_start, *schedule)
+            terms[5] = disc_step(disc_model, decoder, disc_optimizer, images, z, args)
+        window.append(terms)
         step += 1
         progress.update()
         # Ranks must leave together, though a signal reaches them one by one.
-        stopped = sum_over_ranks(torch.tensor(float(stop.is_set()), device=device)).item() > 0
+        stopped = mean_over_ranks(torch.tensor(float(bool(stop)), device=device)).item() > 0
         final = stopped or step == steps
         seconds += time.time() - tick
-        if step % args.log_every == 0 or final:
-            terms = (sum_over_ranks(torch.stack(window).mean(0)) / world).tolist()
+        if evaluated := args.eval_data and (step % args.eval_every == 0 or step == steps):
+            scores = evaluate(ema, encoder, perceptual, held_out, args, device, rank, world)
+        if evaluated or final or step % args.log_every == 0:
+            terms = mean_over_ranks(torch.stack(window).mean(0)).tolist()
             if not math.isfinite(terms[0]):
                 raise SystemExit(
-                    f"step {step}: loss {terms[0]}; go on from {last}, --precision fp32 or lower --lr"
+                    f"step {step}: loss {terms[0]}; resume {last} with --precision fp32 or a lower --lr"
                 )
-            rate = round(len(window) * args.batch_size / seconds, 1)
+            rate = round(len(window) * batch / seconds, 1)
+            record = dict(zip(TERMS[: 6 if disc else 3], terms, strict=False), lr=lr, images_per_s=rate)
+            progress.set_postfix(loss=f"{terms[0]:.4f}", images_per_s=rate, **scores)
             if rank == 0:
-                record = dict(zip(TERMS, terms, strict=True), lr=lr, images_per_s=rate)
-                write_log(log, step, record)
-                progress.set_postfix(loss=f"{terms[0]:.4f}", images_per_s=rate, **scores)
+                write_log(log, step, record | (scores if evaluated else {}))
             window, seconds = [], 0
-        if args.eval_data and (step % args.eval_every == 0 or step == steps):
-            scores = evaluate(ema, encoder, perceptual, held_out, args, device, rank, world)
-            if rank == 0:
-                write_log(log, step, scores)
         if rank == 0 and args.preview_every and (step % args.preview_every == 0 or final):
             save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), ema, encoder, shown)
         if rank == 0 and (step % args.save_every == 0 or final):
@@ -469,7 +578,7 @@ def main(argv=None):
         tick = time.time()
     progress.close()
 
-    broken = int(sum_over_ranks(data.broken.to(device).float()).count_nonzero())
+    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if rank == 0:
         replaced = f"; {broken} broken images were replaced by others" if broken else ""
         done = "" if step == steps else "; stopped, the same command goes on from here"
@@ -487,6 +596,10 @@ def parse_args(argv=None):
     add("--noise-tau", type=float, help="latent noise: sigma ~ U(0, tau) for each image")
     add("--lpips-weight", type=float, help="0 goes without LPIPS")
     add("--lpips-weights", choices=["hub", "random"], help="VGG-16: torchvision's, or untrained")
+    add("--gan-weight", type=float, help="0 goes without GAN")
+    add("--disc-weights", help="DINO ViT-S/8: file with timm's keys, or `random`; default: the hub")
+    add("--disc-start", type=float, help="epoch from which the discriminator learns")
+    add("--gan-start", type=float, help="epoch from which the decoder learns from it")
     add("--accum", type=int, help="micro-batches a step")
     add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: with CUDA")
@@ -502,7 +615,10 @@ def parse_args(argv=None):
     for event in ("log", "eval", "preview", "save"):
         add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
     add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
-    return rae_encoder.parse_with_presets(parser, PRESETS, argv)
+    args = rae_encoder.parse_with_presets(parser, PRESETS, argv)
+    if args.gan_weight and args.gan_start < args.disc_start:
+        raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
+    return args
 
 
 if __name__ == "__main__":
