@@ -67,9 +67,6 @@ PRESETS = {
 TERMS = ("loss", "l1", "lpips", "gan", "lambda", "disc")
 
 
-# --------------------------------------------------------------------------------------------- decoder
-
-
 def sincos_position(width, grid):
     """Fixed 2-D position embedding (1, 1 + N, width), zeros for the class token, as in MAE.
 
@@ -179,14 +176,13 @@ def load_decoder(path, encoder="dinov2-base"):
     return decoder.eval(), {}
 
 
-# -------------------------------------------------------------------------------------- losses and step
-
-
 def perceptual_loss(weights):
     """LPIPS on VGG-16 (Zhang et al. 2018), images in [-1,1]; weights: "hub" (torchvision's) or "random"."""
     warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by deprecated names
     try:
-        network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # untrained weights are the same in every run: their distances compare
+            network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
     except OSError as error:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise SystemExit(f"LPIPS needs {folder}/vgg16-397923af.pth ({error}); or --lpips-weight 0") from None
@@ -237,12 +233,12 @@ def disc_head(width):
 def diff_augment(x, u=None):
     """Differentiable augmentation of images (B,3,S,S) in [-1,1], each with its own draw (Zhao et al. 2020).
 
-    u: (B,5) uniform in [0,1), drawn if not given: moves down and right of up to S/8 whole pixels, brightness
+    u: (B,5) uniform in [0,1), drawn if not given: moves of up to S/8 whole pixels, brightness
     +-0.5, saturation times 0 to 2, contrast times 0.5 to 1.5. 0.5 throughout changes nothing.
     """
     u = torch.rand(len(x), 5, device=x.device) if u is None else u
     size, reach = x.shape[-1], round(x.shape[-1] / 8)
-    first = ((1 - u[:, :2]) * (2 * reach + 1)).long().clamp(max=2 * reach)  # (B, 2) row, column of the padded
+    first = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2) row and column of the padded image
     rows, columns = (first[..., None] + torch.arange(size, device=x.device)).unbind(1)  # (B, S) each
     x = F.pad(x, [reach] * 4)
     x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[-1]))
@@ -260,11 +256,6 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(reconstruction, gan):
-    """lambda from the gradients of L1 + LPIPS and of the GAN loss at the last weight, as released."""
-    return (reconstruction.norm() / (gan.norm() + 1e-6)).clamp(0, 1e4)
-
-
 def learning_rate(step, steps, warmup, lr, final_lr):
     """Linear warm-up over `warmup` steps, then a cosine that reaches final_lr at `steps`."""
     if step < warmup:
@@ -277,14 +268,11 @@ def to_8_bit(images):
     return (images.clamp(0, 1) * 255).round() / 255
 
 
-def judge(xhat, x, u, perceptual, disc, args):
-    """[L1, LPIPS, GAN loss], and the gradients at xhat's pixels of L1 + LPIPS and of the GAN loss."""
-    xhat = xhat.detach().requires_grad_()
-    l1 = (xhat - x).abs().mean()
-    lpips_loss = perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else 0 * l1.detach()
-    gan = -disc(diff_augment(2 * xhat - 1, u)).mean() if disc else 0 * xhat.sum()
-    gradients = [torch.autograd.grad(loss, xhat)[0] for loss in (l1 + args.lpips_weight * lpips_loss, gan)]
-    return torch.stack([l1, lpips_loss, gan]).detach(), torch.stack(gradients)
+def judge(xhat, x, u, perceptual, disc):
+    """L1, LPIPS and GAN loss of decoded images xhat; zero where there is no such judge."""
+    lpips_loss = perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else xhat.new_zeros(())
+    gan = -disc(diff_augment(2 * xhat - 1, u)).mean() if disc else xhat.new_zeros(())
+    return (xhat - x).abs().mean(), lpips_loss, gan
 
 
 def decoder_step(model, perceptual, disc, optimizer, images, z, args):
@@ -307,15 +295,20 @@ def decoder_step(model, perceptual, disc, optimizer, images, z, args):
         xhat = None  # frees the activations of the micro-batch before
         with autocast:
             xhat = model(z_k)  # (B / accum, 3, S, S)
-            losses_k, gradients = judge(xhat, x, u_k, perceptual, disc, args)
-        losses, gradients = losses + losses_k / args.accum, gradients / args.accum
+            pixels = xhat.detach().requires_grad_()
+            l1, lpips_loss, gan = judge(pixels, x, u_k, perceptual, disc)
+        judged = [l1 + args.lpips_weight * lpips_loss, gan] if disc else [l1 + args.lpips_weight * lpips_loss]
+        gradients = [torch.autograd.grad(loss / args.accum, pixels)[0] for loss in judged]
+        losses = losses + torch.stack([l1, lpips_loss, gan]).detach() / args.accum
         if disc:
             waiting.append((z_k, gradients))
             for i in range(2):
                 at_weight[i] += torch.autograd.grad(xhat, weight, gradients[i], retain_graph=True)[0]
         else:
             xhat.backward(gradients[0])
-    scale = adaptive_weight(*mean_over_ranks(at_weight)) if disc else losses.new_zeros(())
+    # lambda, as released; the paper takes the gradients at the reconstruction.
+    norms = mean_over_ranks(at_weight).flatten(1).norm(dim=1) if disc else losses.new_zeros(2)
+    scale = (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
     if disc:
         xhat.backward(gradients[0] + args.gan_weight * scale * gradients[1])
     for k, (z_k, gradients) in enumerate(waiting[:-1], 2):
@@ -369,9 +362,6 @@ def save_preview(path, decoder, encoder, images):
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
     pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
     Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
-
-
-# ---------------------------------------------------------------------------------- ranks, checkpoints
 
 
 def join_ranks():
@@ -439,19 +429,14 @@ def resume(args, config, **state):
     if checkpoint.get("format") != "rae-decoder/1":
         raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint; {way_out}")
     for key, value in config.items():
-        if (was := checkpoint["config"].get(key)) != value:
+        if (was := checkpoint["config"].get(key, value)) != value:
             raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
-        if name not in checkpoint:
-            raise SystemExit(f"{source} has no {name}: --gan-weight 0, or --init with another --out")
         owner.load_state_dict(checkpoint[name])
     return checkpoint
 
 
-# ------------------------------------------------------------------------------------------------ main
-
-
-def build(args):
+def build(args, device):
     """Returns (encoder, decoder, config); config is what later stages need to know of them."""
     size, p = args.image_size, args.patch_size
     encoder = Encoder(args.encoder, args.encoder_size, size * 16 // (p or 16), args.encoder_weights)
@@ -463,6 +448,7 @@ def build(args):
     sizes |= {key: getattr(encoder, key).flatten().tolist() for key in ("mean", "std")}
     config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
     config |= dict(encoder_size=encoder.encoder_size, latent_shape=[encoder.width, tokens, tokens])
+    config |= dict(decoder=sizes, gan=args.gan_weight > 0)
     decoder = Decoder(**sizes)
     decoder.recomputes = args.checkpoint_activations
     if args.init:
@@ -471,7 +457,7 @@ def build(args):
             if name not in start or start[name].shape != value.shape:
                 raise SystemExit(f"--init {args.init}: of other sizes, its {name} is not {list(value.shape)}")
         decoder.load_state_dict(start)
-    return encoder, decoder, config | dict(decoder=sizes)
+    return encoder.to(device), decoder.to(device), config
 
 
 def main(argv=None):
@@ -494,8 +480,7 @@ def main(argv=None):
     log = open_log(args.out) if rank == 0 else None
 
     torch.manual_seed(args.seed)
-    encoder, decoder, config = build(args)
-    encoder, decoder = encoder.to(device), decoder.to(device)
+    encoder, decoder, config = build(args, device)
     ema = copy.deepcopy(decoder).requires_grad_(False)
     perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
     disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
@@ -517,12 +502,10 @@ def main(argv=None):
     last = os.path.join(args.out, "last.pt")
     if rank == 0:
         demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-        millions = sum(p.numel() for p in decoder.parameters()) / 1e6
-        what = (
-            f"{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> {args.decoder} "
-        )
-        what += f"({millions:.1f} M parameters); {world} x {device.type}, {args.precision}"
-        print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
+        size = f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters"
+        what = f"{demo}{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> "
+        what += f"{args.decoder} ({size}); {world} x {device.type}, {args.precision}; step {step} of {steps}"
+        print(what, file=sys.stderr)
         shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -556,9 +539,7 @@ def main(argv=None):
         if evaluated or final or step % args.log_every == 0:
             terms = mean_over_ranks(torch.stack(window).mean(0)).tolist()
             if not math.isfinite(terms[0]):
-                raise SystemExit(
-                    f"step {step}: loss {terms[0]}; resume {last} with --precision fp32 or a lower --lr"
-                )
+                raise SystemExit(f"step {step}: loss {terms[0]}; go on from {last} by fp32 or a lower --lr")
             rate = round(len(window) * batch / seconds, 1)
             record = dict(zip(TERMS[: 6 if disc else 3], terms, strict=False), lr=lr, images_per_s=rate)
             progress.set_postfix(loss=f"{terms[0]:.4f}", images_per_s=rate, **scores)
@@ -580,9 +561,9 @@ def main(argv=None):
 
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if rank == 0:
-        replaced = f"; {broken} broken images were replaced by others" if broken else ""
         done = "" if step == steps else "; stopped, the same command goes on from here"
-        print(f"{last}: step {step} of {steps}{replaced}{done}", file=sys.stderr)
+        done += f"; {broken} broken images were replaced by others" if broken else ""
+        print(f"{last}: step {step} of {steps}{done}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
 
