@@ -437,6 +437,8 @@ def test_spectral_norm_is_near_one_and_iterates_once_a_step(small_dino):
         decoder_step(decoder, None, twin, sgd(decoder), images, z, args)
         assert all(torch.equal(v, buffers[-1][n]) for n, v in twin.heads.named_buffers())
     assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert disc(images).dtype == torch.float32  # the heads, whose power iteration would suffer
     disc.heads.train()
     for _ in range(100):
         weights = [m.weight for m in disc.heads.modules() if isinstance(m, torch.nn.Conv1d)]
