@@ -58,7 +58,7 @@ def write_flow(path, name="DiT-DH-S", seed=0, **changes):
 
 def write_decoder(path, **changes):
     torch.manual_seed(1)
-    sizes = dict(name="ViT-demo", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.5] * 3, std=[0.25] * 3)
+    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.5] * 3, std=[0.25] * 3)
     config = dict(encoder="test_vit", encoder_weights="random", encoder_size=32, image_size=32, noise_tau=0.8)
     config |= dict(latent_shape=list(SHAPE), decoder=sizes) | changes
     state = Decoder(**sizes).state_dict()
