@@ -11,7 +11,6 @@ The first line is the demo, after rae_decoder_train.py: three minutes on a lapto
 Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is data, t=1 is noise.
 """
 
-import argparse
 import copy
 import fcntl
 import hashlib
@@ -407,7 +406,7 @@ def main(argv=None):
 
 
 def parse_args(argv=None):
-    parser = rae_encoder.common_parser(__doc__)
+    parser = rae_encoder.training_parser(__doc__)
     add = parser.add_argument
     add("--model", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL")
     for size in SIZES:
@@ -417,30 +416,14 @@ def parse_args(argv=None):
     add("--stats", help="latent statistics: of rae_encoder.py, a checkpoint's; default: the data's own")
     add("--stats-images", type=int, help="images for that, drawn evenly")
     add("--decoder", help="decoder checkpoint for the previews")
-    add("--accum", type=int, help="micro-batches a step")
-    add("--epochs", type=float, help="passes over the data")
-    add("--steps", type=int, help="instead of --epochs")
-    add("--lr", type=float, help="AdamW's learning rate")
     add("--hold-epochs", type=float, help="epochs of constant learning rate")
-    add("--decay-epochs", type=float, help="epoch at which its linear decay ends")
-    add("--final-lr", type=float, help="learning rate from then on")
+    add("--decay-epochs", type=float, help="epoch at which its linear decay to --final-lr ends")
     add("--clip", type=float, help="largest gradient norm; 0 is off")
-    add("--ema", type=float, help="decay of the averaged weights, a step")
     add("--cache-latents", action="store_true", help="encode all images once, into a file beside --out")
-    add("--checkpoint-activations", action="store_true", help="less memory: activations are computed twice")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
-    add("--init", metavar="FILE", help="weights of a new run's start, ours or released; other classes can do")
-    add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
-    for event in ("log", "preview", "save"):
-        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
-    add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
     given, presets = parser.parse_known_args(argv)[0], PRESETS
     if given.model or given.encoder not in (None, DEMO["encoder"]):  # the demo's sizes are of its own network
         presets = PRESETS | {"demo": PRESETS["demo"] | dict.fromkeys(SIZES)}
     args = rae_encoder.parse_with_presets(parser, presets, argv)
-    if not 0 <= args.ema < 1:
-        raise SystemExit(f"--ema {args.ema}: expected 0 or more, below 1")
     if args.decay_epochs <= args.hold_epochs:
         raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
     return args

@@ -11,7 +11,6 @@ The first line is the demo: it draws its own images, has no GAN and takes minute
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
-import argparse
 import copy
 import fcntl
 import importlib.util
@@ -133,10 +132,8 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.decoder_embed(z.flatten(2).mT)  # (B, g*g, W)
         if z.shape[-1] != self.grid:
-            x = F.interpolate(
-                x.mT.unflatten(2, z.shape[-2:]), size=self.grid, mode="bilinear"
-            )  # (B, W, G, G)
-            x = x.flatten(2).mT  # (B, N, W)
+            x = F.interpolate(x.mT.unflatten(2, z.shape[-2:]), size=self.grid, mode="bilinear")
+            x = x.flatten(2).mT  # (B,W,G,G) -> (B, N, W)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
         x = x + self.decoder_pos_embed
         for block in self.decoder_layers:
@@ -569,11 +566,10 @@ def main(argv=None):
 
 
 def parse_args(argv=None):
-    parser = rae_encoder.common_parser(__doc__)
+    parser = rae_encoder.training_parser(__doc__)
     add = parser.add_argument
     add("--decoder", help=", ".join(DECODERS))
     add("--patch-size", type=int, help="pixels a side of a decoder token; default image size / tokens a side")
-    add("--init", help="decoder to start from: a checkpoint of this script, or a released model.pt")
     add("--noise-tau", type=float, help="latent noise: sigma ~ U(0, tau) for each image")
     add("--lpips-weight", type=float, help="0 goes without LPIPS")
     add("--lpips-weights", choices=["hub", "random"], help="VGG-16: torchvision's, or untrained")
@@ -581,21 +577,9 @@ def parse_args(argv=None):
     add("--disc-weights", help="DINO ViT-S/8: file with timm's keys, or `random`; default: the hub")
     add("--disc-start", type=float, help="epoch from which the discriminator learns")
     add("--gan-start", type=float, help="epoch from which the decoder learns from it")
-    add("--accum", type=int, help="micro-batches a step")
-    add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: with CUDA")
-    add("--epochs", type=float, help="passes over the data")
-    add("--steps", type=int, help="instead of --epochs")
     add("--warmup-epochs", type=float, help="linear warm-up of the learning rate")
-    add("--lr", type=float, help="AdamW's learning rate")
-    add("--final-lr", type=float, help="where the cosine ends")
-    add("--ema", type=float, help="decay of the averaged weights, a step")
-    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
-    add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
     add("--eval-data", help="folder or .tar of held-out images, for PSNR, LPIPS and the preview")
-    for event in ("log", "eval", "preview", "save"):
-        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
-    add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
+    add("--eval-every", type=int, help="steps")
     args = rae_encoder.parse_with_presets(parser, PRESETS, argv)
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")

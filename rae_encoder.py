@@ -341,7 +341,7 @@ def load_statistics(path, latent_shape):
 
 
 def common_parser(description):
-    """A parser with the flags that every training script takes; their defaults are the script's presets."""
+    """A parser with the flags of every stage that trains or encodes; defaults are in the scripts' presets."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
@@ -356,6 +356,27 @@ def common_parser(description):
     add("--workers", type=int, help="image loading processes of a rank")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
     add("--seed", type=int, help="of every random number")
+    return parser
+
+
+def training_parser(description):
+    """common_parser with the flags that both trainings take."""
+    parser = common_parser(description)
+    add = parser.add_argument
+    add("--accum", type=int, help="micro-batches a step")
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="instead of --epochs")
+    add("--lr", type=float, help="AdamW's learning rate")
+    add("--final-lr", type=float, help="where its decay ends")
+    add("--ema", type=float, help="decay of the averaged weights, a step")
+    add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: with CUDA")
+    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
+    add("--init", help="weights that a new run starts from: a checkpoint or a released file")
+    add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
+    for event in ("log", "preview", "save"):
+        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
+    add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
     return parser
 
 
@@ -374,6 +395,8 @@ def parse_with_presets(parser, presets, argv):
     for flag in positive.split():
         if getattr(args, flag, None) is not None and getattr(args, flag) <= 0:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")
+    if not 0 <= getattr(args, "ema", 0) < 1:
+        raise SystemExit(f"--ema {args.ema}: expected 0 or more, below 1")
     if getattr(args, "keep_every", None) and args.keep_every % args.save_every:
         raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
