@@ -30,7 +30,8 @@ from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, load_
 
 IMAGENET = dict(
     flow="runs/flow/last.pt", decoder="runs/decoder/last.pt", num=50_000, steps=50, solver="euler", t_end=0.0,
-    encoder="dinov2-base", reuse_body=1, batch_size=256, precision="bf16", workers=8, seed=0, out="samples",
+    encoder="dinov2-base", reuse_body=1, batch_size=256, precision="bf16", workers=8, seed=0,
+    latent_noise=0.0, out="samples",
 )  # fmt: skip
 PRESETS = {
     "demo": IMAGENET | dict(num=400, steps=None, batch_size=100, workers=2),  # steps, cfg: by the checkpoint
@@ -89,6 +90,12 @@ def as_function(model, body_times):
         return model.head(x, times, s).float()
 
     return network
+
+
+def draw_noise(indices, shape, seed):
+    """Noise (B,C,G,G) of the images `indices`, each its own by (seed, i); made on the CPU, in fp32."""
+    generators = (torch.Generator().manual_seed((seed << 32) + i) for i in indices)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def to_pixels(images):
@@ -162,10 +169,9 @@ def open_sampling(args, decoder, config, device):
         raise SystemExit(f"--reuse-body: {args.flow} is a DiT, only a DiT-DH has a body and a head")
     for network in filter(None, (model, weak)):
         network.to(device)
-        for block in (
-            network.blocks if args.compile or (args.compile is None and device.type == "cuda") else ()
-        ):
-            block.compile()
+        if args.compile or (args.compile is None and device.type == "cuda"):
+            for block in network.blocks:
+                block.compile()
     keys = "seed classes steps solver t_end cfg guidance_interval reuse_body precision"
     settings = {key: getattr(args, key) for key in keys.split()} | dict(shift=shift)
     settings["flow"] = fingerprint(*model.parameters(), mean, std)
@@ -178,8 +184,7 @@ def open_sampling(args, decoder, config, device):
     def images(indices):
         y = torch.tensor([labels[i] for i in indices], device=device)
         networks = as_function(model, body_times), weak and as_function(weak, body_times)
-        generators = (torch.Generator().manual_seed((args.seed << 32) + i) for i in indices)
-        noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(device)
+        noise = draw_noise(indices, model.latent_shape, args.seed).to(device)
         velocity = lambda x, t: guided_velocity(x, t, y, *networks, **guidance)  # noqa: E731
         return decoder(sample_latents(velocity, noise, grid, args.solver) * std + mean)
 
@@ -197,10 +202,13 @@ def open_reconstruction(args, decoder, config, device):
 
     def images(batches):
         order = [[keys[i] for i in indices] for indices in batches]
-        return (decoder(encoder(x)) for x, _ in load_images(data, order, device, args.workers))
+        for indices, (x, _) in zip(batches, load_images(data, order, device, args.workers), strict=True):
+            z = encoder(x)
+            yield decoder(z + args.latent_noise * draw_noise(indices, z.shape[1:], args.seed).to(device))
 
-    settings = {key: getattr(args, key) for key in ("reconstruct", "num", "encoder_weights", "precision")}
-    return images, data, settings | dict(encoder=config["encoder"], skip_broken=args.skip_broken)
+    names = "reconstruct num encoder_weights latent_noise seed skip_broken precision"
+    settings = {key: getattr(args, key) for key in names.split()}
+    return images, data, settings | dict(encoder=config["encoder"])
 
 
 def main(argv=None):
@@ -286,12 +294,7 @@ def parse_args(argv=None):
     add("--solver", choices=["euler", "heun"], help="heun: second order, two network calls a step")
     add("--shift", type=float, help="of the times; default: as in training")
     add("--t-end", type=float, help="where the times end, before the shift")
-    add(
-        "--cfg",
-        type=float,
-        metavar="SCALE",
-        help="guidance; 1, the default, is off; the demo's network has 2",
-    )
+    add("--cfg", type=float, metavar="SCALE", help="of guidance; default 1, that is off; the demo's has 2")
     add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
     add("--guidance-interval", type=float, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
     add("--reuse-body", type=int, metavar="K", help="DiT-DH: run the body at every K-th step only")
@@ -304,6 +307,7 @@ def parse_args(argv=None):
     add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of a folder instead, and its PSNR")
     add("--skip-broken", action="store_true", help="with it: replace broken images by others and count them")
+    add("--latent-noise", type=float, metavar="SIGMA", help="with it: noise on the latents (section 4.3)")
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[given.preset] | (dict(num=None) if given.reconstruct else {}))
     args = parser.parse_args(argv)

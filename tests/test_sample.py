@@ -511,6 +511,16 @@ def test_reconstruct(files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(printed["psnr"], abs=1e-6)
     with pytest.raises(SystemExit, match="num 5 there and 3 here"):
         sample.main([*command, "--num", "3"])
+    noisy = [*command, "--latent-noise", "0.5", "--out", str(tmp_path / "noisy")]
+    sample.main(noisy)
+    capsys.readouterr()
+    for i, (png, path) in enumerate(zip(pixels(tmp_path / "noisy").values(), originals, strict=True)):
+        image = torch.from_numpy(np.array(center_crop(read_image(path), 32))).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            z = encoder(image)
+            z += 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
+            expected = (decoder(z)[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+        assert np.abs(expected - png).max() <= 1
     originals[1].write_bytes(b"broken")
     command[-1:] = ["not/needed.pt", "--out", str(tmp_path / "other")]
     with pytest.raises(SystemExit, match="2.png: not a readable image .* --skip-broken"):
