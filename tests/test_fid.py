@@ -312,7 +312,7 @@ def bad(place):
         ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
         ("junk.npz", "", "junk.npz"),
         ("nan.npz", "", "not finite"),
-        ("shapes.npz", "", r"shapes \(D,\) and \(D,D\)"),
+        ("shapes.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("half.npz", "", "0 images, at least 2"),
         ("floats.npz", "", "float64"),
         ("packed.npz", "", "compressed"),
