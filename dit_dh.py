@@ -1,15 +1,12 @@
 """The velocity network of stage 2: DiT, and DiT-DH, a DiT with a wide and shallow head.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), section 5. The
-blocks are LightningDiT's: RMSNorm, rotary positions, SwiGLU, adaLN-zero. Where the paper and the authors'
-code differ, this is the code, and the files they released load under their own names. Model only:
-flow_train.py trains it, sample.py samples from it. In a Python prompt:
+blocks are LightningDiT's: RMSNorm, rotary positions, SwiGLU, adaLN-zero. Where paper and released code differ
+this is the code, and the released files load. flow_train.py trains it, sample.py samples. At a prompt:
 
-    import torch, dit_dh
     model = dit_dh.build("DiT-DH-S", latent_shape=(768, 16, 16), num_classes=1000).eval()
-    x, t, y = torch.randn(2, 768, 16, 16), torch.rand(2), torch.tensor([207, 1000])     # 1000: no class
-    velocity = model(x, t, y)
-    model = dit_dh.load("runs/flow/last.pt")                                            # or stage2_model.pt
+    velocity = model(torch.randn(2, 768, 16, 16), torch.rand(2), torch.tensor([207, 1000]))   # 1000: no class
+    model = dit_dh.load("runs/flow/last.pt")   # or stage2_model.pt
 
 Letters: B batch, C latent channels, G latent positions a side, N tokens, W width, h heads, s head size,
 K classes, t in [0, 1] with t = 0 data and t = 1 noise.
@@ -216,7 +213,7 @@ class DiT(nn.Module):
         super().__init__()
         channels, grid = latent_shape[0], latent_shape[1] // patch
         self.latent_shape, self.num_classes = tuple(latent_shape), num_classes
-        self.sizes = {"width": width, "depth": depth, "heads": heads, "patch": patch}
+        self.sizes = dict(width=width, depth=depth, heads=heads, patch=patch)
         self.checkpoint_activations = False
         self.pos_embed = nn.Parameter(sincos_position(width, grid), requires_grad=False)
         self.x_embedder = TokenEmbedder(channels, width, patch)
@@ -252,8 +249,8 @@ class DiTDH(nn.Module):
         super().__init__()
         channels, grid = latent_shape[0], latent_shape[1] // patch
         self.latent_shape, self.num_classes = tuple(latent_shape), num_classes
-        self.sizes = {"width": width, "depth": depth, "heads": heads, "patch": patch}
-        self.sizes |= {"head_width": head_width, "head_depth": head_depth, "head_heads": head_heads}
+        self.sizes = dict(width=width, depth=depth, heads=heads, patch=patch)
+        self.sizes |= dict(head_width=head_width, head_depth=head_depth, head_heads=head_heads)
         self.checkpoint_activations = False
         self.pos_embed = nn.Parameter(sincos_position(width, grid), requires_grad=False)
         self.s_embedder = TokenEmbedder(channels, width, patch)
@@ -298,9 +295,7 @@ def build(name, latent_shape, num_classes, **sizes):
     """
     family, _, size = name.rpartition("-")
     if family not in ("DiT", "DiT-DH") or size not in SIZES:
-        raise SystemExit(
-            f"{name}: no such network; choose DiT-SIZE or DiT-DH-SIZE, SIZE of {', '.join(SIZES)}"
-        )
+        raise SystemExit(f"{name}: neither DiT-SIZE nor DiT-DH-SIZE, with a SIZE of {', '.join(SIZES)}")
     network, named = (DiT, SIZES[size]) if family == "DiT" else (DiTDH, SIZES[size] | HEAD)
     sizes = named | {key: value for key, value in sizes.items() if value is not None}
     if unknown := sizes.keys() - named.keys() - {"patch"}:
@@ -319,17 +314,24 @@ def sizes_of(state):
     head_size = state["enc_feat_rope.freqs_cos" if deep else "feat_rope.freqs_cos"].shape[1]
     grid = math.isqrt(state["pos_embed"].shape[1]) * patch
     block_widths = [len(weight) for key, weight in state.items() if key.endswith("norm1.weight")]
-    sizes = {"latent_shape": (channels, grid, grid), "patch": patch, "width": width}
-    sizes |= {"heads": width // head_size, "depth": len(block_widths)}
-    sizes["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
+    sizes = dict(latent_shape=(channels, grid, grid), patch=patch, width=width, depth=len(block_widths))
+    sizes |= dict(heads=width // head_size, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
     if deep:
         head_width = len(state["x_embedder.proj.weight"])
         # Where body and head have one width, shapes don't tell them apart; released heads have two blocks.
         head_depth = 2 if head_width == width else block_widths.count(head_width)
-        head_heads = head_width // state["dec_feat_rope.freqs_cos"].shape[1]
-        sizes["depth"] -= head_depth
-        sizes |= {"head_width": head_width, "head_depth": head_depth, "head_heads": head_heads}
+        sizes |= dict(depth=len(block_widths) - head_depth, head_width=head_width, head_depth=head_depth)
+        sizes["head_heads"] = head_width // state["dec_feat_rope.freqs_cos"].shape[1]
     return sizes
+
+
+def read(path):
+    """The dict in a flow checkpoint or a released file; mapped, so that only the weights in use are read."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file; give a flow checkpoint, ours or released")
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def load(path):
@@ -339,14 +341,8 @@ def load(path):
     "model", "module" or "state_dict", also with "module." before its names. Raises SystemExit for any other.
     Hold one autocast region around all steps of a sampler: the weights are then cast to bf16 only once.
     """
-    if not os.path.isfile(path):
-        raise SystemExit(f"{path}: no such file; give a flow checkpoint, ours or released")
     try:
-        if str(path).endswith(".safetensors"):
-            file = load_file(path)
-        else:  # mapped, so that of a training checkpoint only the weights in use are read
-            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = file
+        state = file = read(path)
         while level := next((key for key in ("ema", "model", "module", "state_dict") if key in state), None):
             state = state[level]
         state = {key.removeprefix("module."): value for key, value in state.items()}

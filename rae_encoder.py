@@ -370,7 +370,7 @@ def parse_with_presets(parser, presets, argv):
     args = parser.parse_args(argv)
     if not args.data:
         raise SystemExit(f"--preset {args.preset} needs --data DIR")
-    positive = "image_size encoder_size batch_size accum epochs steps log_every save_every"
+    positive = "image_size encoder_size batch_size accum epochs steps lr shift log_every save_every"
     for flag in positive.split():
         if getattr(args, flag, None) is not None and getattr(args, flag) <= 0:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,14 +26,17 @@ from tqdm import tqdm
 
 import dit_dh
 from rae_decoder_train import load_decoder
-from rae_encoder import Encoder, ImageData, even_order, load_images, load_statistics, read_weights
+from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, load_statistics
 
 IMAGENET = dict(
     flow="runs/flow/last.pt", decoder="runs/decoder/last.pt", num=50_000, steps=50, solver="euler", t_end=0.0,
     encoder="dinov2-base", reuse_body=1, batch_size=256, precision="bf16", workers=8, seed=0, out="samples",
 )  # fmt: skip
-DEMO = IMAGENET | dict(num=400, cfg=2.0, steps=25, batch_size=100, workers=2)
-PRESETS = {"demo": DEMO, "imagenet256": IMAGENET, "imagenet512": IMAGENET | dict(batch_size=64)}
+PRESETS = {
+    "demo": IMAGENET | dict(num=400, steps=None, batch_size=100, workers=2),  # steps, cfg: by the checkpoint
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET | dict(batch_size=64),
+}
 
 
 def time_grid(steps, a, t_end=0.0):
@@ -114,6 +118,8 @@ def claim_folder(out, settings, rank):
         if keys:
             what = ", ".join(f"{key} {there.get(key)} there and {settings.get(key)} here" for key in keys)
             raise SystemExit(f"--out {out} has images of other settings ({what}): name another folder")
+    elif any(Path(out).glob("*.png")):
+        raise SystemExit(f"--out {out} has images, but no settings.json to tell whose: name another folder")
     elif rank == 0:
         os.makedirs(out, exist_ok=True)
         with open(path + ".tmp", "w") as file:
@@ -123,10 +129,10 @@ def claim_folder(out, settings, rank):
 
 def open_flow(args, decoder, config):
     """(network, mean, std, shift), mean and std (C,G,G) of its latents. SystemExit if decoder has others."""
-    model, file = dit_dh.load(args.flow), read_weights(args.flow)
-    flow = file.get("config", {}) | {"channels": model.latent_shape[0]}
-    config = config | {"channels": decoder.decoder_embed.in_features}
-    for key in ("encoder", "encoder_weights", "encoder_size", "latent_shape", "channels"):
+    model, file = dit_dh.load(args.flow), dit_dh.read(args.flow)
+    flow = {"latent_shape": list(model.latent_shape)} | file.get("config", {})
+    config = {"latent_shape": [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]} | config
+    for key in ("encoder", "encoder_weights", "encoder_size", "latent_shape"):
         # Of a file of weights the name counts: its folder differs from machine to machine.
         a, b = (os.path.basename(str(source.get(key))) for source in (flow, config))
         if key in flow and key in config and a != b:
@@ -134,6 +140,9 @@ def open_flow(args, decoder, config):
     if not args.stats and "mean" not in file:
         raise SystemExit(f"--flow {args.flow}: a bare state dict needs its latents' statistics, --stats FILE")
     mean, var = load_statistics(args.stats, model.latent_shape) if args.stats else (file["mean"], file["var"])
+    demo = file.get("args", {}).get("data") == DEMO["data"]  # its small network needs guidance to draw shapes
+    args.steps = args.steps or (25 if demo else 50)
+    args.cfg = (2.0 if demo else 1.0) if args.cfg is None else args.cfg
     shift = flow.get("shift", max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096)))  # section 4.2
     return model, mean, (var + 1e-5).sqrt(), args.shift or shift
 
@@ -147,13 +156,15 @@ def open_sampling(args, decoder, config, device):
         raise SystemExit(f"--classes {args.classes}: {args.flow} has 0 to {model.num_classes - 1}")
     if weak and (weak.latent_shape, weak.num_classes) != (model.latent_shape, model.num_classes):
         raise SystemExit(f"--autoguide {args.autoguide}: other latents or classes than --flow {args.flow}")
-    if args.cfg not in (None, 1) and not weak and model.num_classes == 1:
+    if args.cfg != 1 and not weak and model.num_classes == 1:
         raise SystemExit(f"--cfg {args.cfg}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
     if args.reuse_body > 1 and not hasattr(model, "body"):
         raise SystemExit(f"--reuse-body: {args.flow} is a DiT, only a DiT-DH has a body and a head")
     for network in filter(None, (model, weak)):
         network.to(device)
-        for block in network.blocks if args.compile else ():
+        for block in (
+            network.blocks if args.compile or (args.compile is None and device.type == "cuda") else ()
+        ):
             block.compile()
     keys = "seed classes steps solver t_end cfg guidance_interval reuse_body precision"
     settings = {key: getattr(args, key) for key in keys.split()} | dict(shift=shift)
@@ -161,7 +172,7 @@ def open_sampling(args, decoder, config, device):
     settings["autoguide"] = weak and fingerprint(*weak.parameters())
     mean, std, grid = mean.to(device), std.to(device), time_grid(args.steps, shift, args.t_end)
     body_times = set(grid[:: args.reuse_body].tolist())
-    guidance = dict(scale=args.cfg or 1.0, interval=args.guidance_interval or (0, 1), null=model.num_classes)
+    guidance = dict(scale=args.cfg, interval=args.guidance_interval or (0, 1), null=model.num_classes)
     labels = [classes[i % len(classes)] for i in range(args.num)]
 
     def images(indices):
@@ -177,28 +188,27 @@ def open_sampling(args, decoder, config, device):
 
 def open_reconstruction(args, decoder, config, device):
     """The same for decode(encode(image)); returns (images of index batches, the originals, settings)."""
-    data = ImageData(args.reconstruct, decoder.grid * decoder.patch_size)
+    data = ImageData(args.reconstruct, decoder.grid * decoder.patch_size, skip_broken=args.skip_broken)
     args.num = min(args.num or len(data), len(data))
     (keys,) = even_order(len(data), args.num, args.num)
     weights = args.encoder_weights = args.encoder_weights or config.get("encoder_weights")
     # A bare decoder does not tell the encoder's size, but its tokens: by default each is of 16 pixels.
     encoder = Encoder(config["encoder"], config.get("encoder_size"), 16 * decoder.grid, weights).to(device)
 
-    def originals(batches):
+    def images(batches):
         order = [[keys[i] for i in indices] for indices in batches]
-        return (images for images, _ in load_images(data, order, device, args.workers))
+        return (decoder(encoder(x)) for x, _ in load_images(data, order, device, args.workers))
 
     settings = {key: getattr(args, key) for key in ("reconstruct", "num", "encoder_weights", "precision")}
-    settings["encoder"] = config["encoder"]
-    return lambda batches: (decoder(encoder(x)) for x in originals(batches)), originals, settings
+    return images, data, settings | dict(encoder=config["encoder"], skip_broken=args.skip_broken)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    world, device = max(1, world), torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     decoder, config = load_decoder(args.decoder, args.encoder)
     config = {"encoder": args.encoder} | config
@@ -246,9 +256,18 @@ def finish(args, files, truth):
         np.savez(name + ".tmp.npz", pixels, np.array(truth))
         os.replace(name + ".tmp.npz", name + ".npz")
     if args.reconstruct:  # the mean over images, on 8-bit pixels
-        pairs = zip(files, truth([i] for i in range(len(files))), strict=True)
-        errors = [np.square(to_pixels(x)[0] - np.array(Image.open(file), float)).mean() for file, x in pairs]
-        print(json.dumps(dict(psnr=np.mean(10 * np.log10(255**2 / np.array(errors))), images=args.num)))
+        originals = load_images(truth, even_order(len(truth), args.num, 1), torch.device("cpu"))
+        pairs = ((to_pixels(x)[0], Image.open(file)) for (x, _), file in zip(originals, files, strict=True))
+        errors = [np.square(original - np.array(image, float)).mean() for original, image in pairs]
+        psnr, broken = np.mean(10 * np.log10(255**2 / np.array(errors))), int(truth.broken.count_nonzero())
+        print(json.dumps(dict(psnr=psnr, images=args.num, broken=broken)))
+
+
+def class_list(text):
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise SystemExit(f"--classes {text}: expected numbers between commas, as 1,5") from None
 
 
 def parse_args(argv=None):
@@ -262,31 +281,39 @@ def parse_args(argv=None):
     add("--encoder", help="that of a released decoder, for its mean and std; default dinov2-base")
     add("--encoder-weights", help="for --reconstruct: file with timm's keys; default: the decoder's")
     add("--num", type=int, help="images; with --reconstruct default all. `torchrun -- sample.py --num N`")
-    add("--classes", type=lambda text: [int(label) for label in text.split(",")], help="in turn, as 1,5")
-    add("--steps", type=int, help="intervals from t = 1 to t = 0")
+    add("--classes", type=class_list, help="in turn, as 1,5; default: all")
+    add("--steps", type=int, help="from t = 1 to t = 0; default 50, for the demo's network 25")
     add("--solver", choices=["euler", "heun"], help="heun: second order, two network calls a step")
     add("--shift", type=float, help="of the times; default: as in training")
     add("--t-end", type=float, help="where the times end, before the shift")
-    add("--cfg", type=float, metavar="SCALE", help="guidance: classifier-free or --autoguide's; 1 is off")
+    add(
+        "--cfg",
+        type=float,
+        metavar="SCALE",
+        help="guidance; 1, the default, is off; the demo's network has 2",
+    )
     add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
     add("--guidance-interval", type=float, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
     add("--reuse-body", type=int, metavar="K", help="DiT-DH: run the body at every K-th step only")
     add("--batch-size", type=int, help="images at once, over all ranks")
     add("--precision", choices=["bf16", "fp32"], help="bf16 is autocast over fp32 weights and state")
-    add("--compile", action="store_true", help="torch.compile the network's blocks")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     add("--workers", type=int, help="image loading processes of a rank, for --reconstruct")
     add("--seed", type=int, help="image i starts from noise of (seed, i)")
     add("--out", help="folder of 000000.png ...; beside it a grid, OUT.png. Images in it are kept: resume")
     add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of a folder instead, and its PSNR")
+    add("--skip-broken", action="store_true", help="with it: replace broken images by others and count them")
     given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS[given.preset] | (dict(num=None, cfg=None) if given.reconstruct else {}))
-    if given.flow and given.preset == "demo":  # few steps, much guidance: for the demo's own network alone
-        parser.set_defaults(steps=50, cfg=None)
+    parser.set_defaults(**PRESETS[given.preset] | (dict(num=None) if given.reconstruct else {}))
     args = parser.parse_args(argv)
     for flag in ("steps", "num", "batch_size", "reuse_body"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    if not 0 <= args.t_end < 1:
+        raise SystemExit(f"--t-end {args.t_end}: expected 0 or more, below 1")
+    if args.shift is not None and args.shift <= 0:
+        raise SystemExit(f"--shift {args.shift}: expected more than 0; 1 is off")
     if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
         raise SystemExit(f"--guidance-interval {args.guidance_interval}: expected MIN < MAX")
     if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval):

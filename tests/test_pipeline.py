@@ -127,7 +127,7 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
         (stage1, [*small, "--accum", "3"], "--batch-size 4 is no multiple of 1 ranks x 3"),
         (stage1, ["--batch-size", "0"], "--batch-size 0: expected more than 0"),
         (stage1, ["--keep-every", "150"], "--keep-every 150 is no multiple of --save-every 100"),
-        (stage2, ["--hold-epochs", "50"], "--decay-epochs 40 must be more than --hold-epochs 50"),
+        (stage2, ["--hold-epochs", "50"], "--decay-epochs 40 is not after --hold-epochs 50"),
         (stage1, [*small, "--image-size", "30"], "--image-size 30 is no multiple of the patch"),
         (stage1, [*small, "--decoder", "ViT-Q"], "--decoder ViT-Q: not one of"),
         (stage1, [*small, "--lpips-weight", "0", "--resume", "other.pt"], "other.pt: not a rae-decoder/1"),

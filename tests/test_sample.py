@@ -1,11 +1,14 @@
 """sample.py against closed forms, and its images against themselves: any batch size, ranks, resume."""
 
+import argparse
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +58,7 @@ def write_flow(path, name="DiT-DH-S", seed=0, **changes):
 
 def write_decoder(path, **changes):
     torch.manual_seed(1)
-    sizes = dict(name="ViT-demo", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.5] * 3, std=[0.25] * 3)
+    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.5] * 3, std=[0.25] * 3)
     config = dict(encoder="test_vit", encoder_weights="random", encoder_size=32, image_size=32, noise_tau=0.8)
     config |= dict(latent_shape=list(SHAPE), decoder=sizes) | changes
     state = Decoder(**sizes).state_dict()
@@ -243,8 +246,10 @@ def test_pixels_are_rounded():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("a", [None, 2.5])
-def test_sample_against_a_loop(files, tmp_path, a):
+@pytest.mark.parametrize(
+    "a, guidance", [(None, None), (2.5, None), (None, "labels"), (None, "a smaller network")]
+)
+def test_sample_against_a_loop(files, tmp_path, a, guidance):
     """Image i by a plain loop over its formulas, one image at a time, is the command's PNG."""
     folder, flags = files
     checkpoint = torch.load(folder / "flow.pt", weights_only=True)
@@ -252,15 +257,22 @@ def test_sample_against_a_loop(files, tmp_path, a):
     assert torch.equal(
         flow.state_dict()["s_embedder.proj.weight"], checkpoint["ema"]["s_embedder.proj.weight"]
     )
-    out = tmp_path / "samples"
-    flags = [*flags, *(["--shift", str(a)] if a else [])]
+    out, weak = tmp_path / "samples", dit_dh.load(write_flow(tmp_path / "weak.pt", "DiT-S", seed=9))
+    flags = [*flags, *(["--shift", str(a)] if a else []), *(["--cfg", "1.5"] if guidance else [])]
+    flags += ["--autoguide", str(tmp_path / "weak.pt")] if guidance == "a smaller network" else []
     sample.main([*flags, "--num", "5", "--classes", "2,0", "--seed", "3", "--out", str(out)])
     a = a or checkpoint["config"]["shift"]
     for i, png in enumerate(pixels(out).values()):
         x = torch.randn(SHAPE, generator=torch.Generator().manual_seed((3 << 32) + i))[None]
         times = [a * t / (1 + (a - 1) * t) for t in (1, 2 / 3, 1 / 3, 0)]
         for t, t_next in zip(times, times[1:], strict=False):
-            x = x + (t_next - t) * flow(x, torch.tensor([t]), torch.tensor([(2, 0)[i % 2]]))
+            time, label = torch.tensor([t]), torch.tensor([(2, 0)[i % 2]])
+            v = flow(x, time, label)
+            if guidance == "labels":
+                v = v + 0.5 * (v - flow(x, time, torch.tensor([CLASSES])))
+            elif guidance:
+                v = v + 0.5 * (v - weak(x, time, label))
+            x = x + (t_next - t) * v
         z = x * (checkpoint["var"] + 1e-5).sqrt() + checkpoint["mean"]
         image = (decoder(z)[0].clamp(0, 1) * 255).permute(1, 2, 0)
         assert png.std() > 3  # an image, not a flat field
@@ -294,7 +306,12 @@ def test_released_files(files, tmp_path):
     assert difference(tmp_path / "ours0", tmp_path / "ours") > 10
     wide = torch.load(write_flow(tmp_path / "flow.pt", latent_shape=[64, 16, 16]), weights_only=True)
     torch.save(wide["ema"], tmp_path / "stage2_model.pt")
-    sample.main([*flags, *released, "--num", "1", "--out", str(tmp_path / "wide")])
+    command = [*flags, *released, "--num", "1", "--out", str(tmp_path / "wide")]
+    with pytest.raises(SystemExit, match=r"latent_shape \[64, 16, 16\], but .* \[64, 2, 2\]: no pair"):
+        sample.main(command)  # bare files, of 512 px and of 256 px
+    wide_decoder = Decoder(**decoder["config"]["decoder"] | dict(grid=16))
+    torch.save(wide_decoder.state_dict(), tmp_path / "model.pt")
+    sample.main(command)
     assert json.loads((tmp_path / "wide" / "settings.json").read_text())["shift"] == 2  # (64*16*16/4096)^1/2
 
 
@@ -378,6 +395,37 @@ def test_ranks(twenty, tmp_path, ranks):
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
+def test_interrupted_ranks(twenty, tmp_path):
+    """Killed in the middle, three ranks go on as one process and end with the images of one run."""
+    out = tmp_path / "samples"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--"]
+    command += [str(ROOT / "sample.py"), *twenty[1], "--batch-size", "3", "--num", "2000", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("*.png"))) < 7:
+        time.sleep(0.01)
+    process.terminate()
+    process.wait()
+    there = len(list(out.glob("*.png")))
+    assert 7 <= there < 2000
+    sample.main([*twenty[1], "--batch-size", "7", "--out", str(out)])
+    for path in [path for path in out.glob("*.png") if int(path.stem) >= 20]:
+        path.unlink()
+    assert difference(twenty[0], out) <= 1
+
+
+def test_npz_is_held_once(tmp_path):
+    """50,000 images of 256 px are 10 GB: packing them must not take twice that."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    args = argparse.Namespace(out=str(tmp_path / "out"), npz=True, num=8000, reconstruct=None)
+    tracemalloc.start()
+    sample.finish(args, [tmp_path / "red.png"] * args.num, [0] * args.num)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = args.num * 64 * 64 * 3
+    assert size < peak < 1.4 * size
+
+
 def test_npz_and_grid(twenty):
     out, images = twenty[0], np.stack(list(pixels(twenty[0]).values()))
     packed = np.load(f"{out}.npz")
@@ -456,13 +504,39 @@ def test_reconstruct(files, tmp_path, capsys):
             expected = (decoder(encoder(image))[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
         assert np.abs(expected - png).max() <= 1
         psnr.append(10 * math.log10(255**2 / np.mean((png - original.astype(float)) ** 2)))
-    assert printed == {"psnr": pytest.approx(np.mean(psnr), abs=1e-9), "images": 5}
+    assert printed == {"psnr": pytest.approx(np.mean(psnr), abs=1e-9), "images": 5, "broken": 0}
     assert Image.open(f"{out}.png").size == (320, 32)
     (out / "000002.png").unlink()
     sample.main(command)  # what is there counts as well
     assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(printed["psnr"], abs=1e-6)
     with pytest.raises(SystemExit, match="num 5 there and 3 here"):
         sample.main([*command, "--num", "3"])
+    originals[1].write_bytes(b"broken")
+    command[-1:] = ["not/needed.pt", "--out", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="2.png: not a readable image .* --skip-broken"):
+        sample.main(command)
+    shutil.rmtree(tmp_path / "other")
+    sample.main([*command, "--skip-broken"])
+    assert json.loads(capsys.readouterr().out)["broken"] == 1
+
+
+def test_the_demos_network_alone_is_guided_by_default(files, tmp_path):
+    """Whether --flow names it or not; flags win."""
+    demo = torch.load(files[0] / "flow.pt", weights_only=True)
+    demo["args"]["data"] = "data/demo"
+    torch.save(demo, tmp_path / "demo.pt")
+    common = ["--decoder", files[1][3], "--num", "1", "--precision", "fp32"]
+    for k, (flow, flags, expected) in enumerate(
+        (
+            (tmp_path / "demo.pt", [], (25, 2.0)),
+            (tmp_path / "demo.pt", ["--cfg", "0", "--steps", "3"], (3, 0.0)),
+            (files[0] / "flow.pt", [], (50, 1.0)),
+            (tmp_path / "demo.pt", ["--preset", "imagenet256", "--num", "1", "--cfg", "1"], (50, 1.0)),
+        )
+    ):
+        sample.main([*common, "--flow", str(flow), *flags, "--out", str(tmp_path / str(k))])
+        settings = json.loads((tmp_path / str(k) / "settings.json").read_text())
+        assert (settings["steps"], settings["cfg"]) == expected
 
 
 # What a user can do wrong
@@ -482,6 +556,7 @@ def test_errors(files, tmp_path, monkeypatch):
     (tmp_path / "junk.pt").write_text("junk")
     decoder = ["--decoder", "decoder.pt"]
     (tmp_path / "empty").mkdir()
+    write_decoder(tmp_path / "512.pt", encoder_size=64, image_size=64, latent_shape=[64, 4, 4])
     for arguments, words in (
         ([], ["runs/decoder/last.pt: no such file", "rae_decoder_train.py"]),
         (decoder, ["runs/flow/last.pt: no such file", "flow_train.py"]),
@@ -491,6 +566,12 @@ def test_errors(files, tmp_path, monkeypatch):
         ([*flags, "--flow", "hub.pt"], ["encoder_weights None", "random"]),
         ([*flags, "--flow", "grid.pt"], ["latent_shape [64, 4, 4]", "[64, 2, 2]"]),
         ([*flags, "--flow", "bare.pt"], ["bare.pt", "--stats"]),
+        ([*flags, "--decoder", "512.pt"], ["encoder_size 32", "512.pt 64", "no pair"]),
+        ([*flags, "--classes", "1,x"], ["--classes 1,x: expected numbers"]),
+        ([*flags, "--classes", ""], ["--classes : expected numbers"]),
+        ([*flags, "--classes", "-1"], ["--classes [-1]", "0 to 2"]),
+        ([*flags, "--shift", "0"], ["--shift 0.0"]),
+        ([*flags, "--t-end", "1"], ["--t-end 1.0"]),
         ([*flags, "--classes", "1,3"], ["--classes [1, 3]", "0 to 2"]),
         ([*flags, "--steps", "0"], ["--steps 0"]),
         ([*flags, "--num", "0"], ["--num 0"]),
@@ -503,7 +584,7 @@ def test_errors(files, tmp_path, monkeypatch):
         ([*flags, "--cfg", "2", "--autoguide", "one.pt"], ["--autoguide", "classes"]),
         ([*flags, "--cfg", "2", "--autoguide", "none.pt"], ["none.pt", "o such file"]),
         ([*flags, "--reuse-body", "2", "--flow", "dit.pt"], ["--reuse-body", "DiT-DH"]),
-        ([*decoder, "--reconstruct", "empty"], ["empty", "no readable images"]),
+        ([*decoder, "--reconstruct", "empty"], ["empty", "no folder or .tar with .png"]),
         ([*decoder, "--reconstruct", "nowhere"], ["nowhere", "no such folder"]),
         ([*decoder, "--reconstruct", "empty", "--npz"], ["--reconstruct", "--npz"]),
     ):
@@ -512,3 +593,6 @@ def test_errors(files, tmp_path, monkeypatch):
         message = str(error.value)
         assert all(word in message for word in words) and "\n" not in message, (arguments, message)
         assert not Path("out").exists()  # nothing is done before everything is checked
+    Image.new("RGB", (32, 32)).save("empty/000000.png")
+    with pytest.raises(SystemExit, match="--out empty has images, but no settings.json"):
+        sample.main([*flags, "--num", "1", "--out", "empty"])
