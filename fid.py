@@ -166,13 +166,13 @@ class TimmFeatures(nn.Module):
         name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
         overlay = None if weights == "hub" else dict(file=weights)
         self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
-        if "patch14_dinov2" in name:  # resized as by its authors; timm's way moves the features by 5 %
-            class_token, grid = self.model.pos_embed.split([1, 37 * 37], 1)
-            grid = grid.unflatten(1, (37, 37)).movedim(3, 1)  # (1,C,37,37)
-            grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # to 16 x 16
-            self.model.pos_embed = nn.Parameter(torch.cat([class_token, grid.flatten(2).mT], 1))
+        native = getattr(self.model, "pos_embed", None)
         if hasattr(self.model, "set_input_size"):
             self.model.set_input_size(224)
+        if "patch14_dinov2" in name:  # resized as by its authors; timm's way moves the features by 5 %
+            grid = native[:, 1:].unflatten(1, (37, 37)).movedim(3, 1)  # (1,C,37,37)
+            grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # to 16 x 16
+            self.model.pos_embed.data = torch.cat([native[:, :1], grid.flatten(2).mT], 1)
         self.width = self.eval().model.num_features
 
     def forward(self, images):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import scipy.linalg
@@ -212,10 +213,8 @@ def bench_programs(table, quick):
             (f"fid.py, {2 * num} images", judge, 2 * num),
             ("sample.py, DiT-S, ViT-S, 256 px, 5 steps", draw, 8),
         ):
-            command = lambda words=words: subprocess.run(
-                [sys.executable, *words], cwd=ROOT, check=True, capture_output=True
-            )  # noqa: E731
-            table.add(part, command, count, repeats=0)
+            command = partial(subprocess.run, [sys.executable, *words], cwd=ROOT, check=True)
+            table.add(part, partial(command, capture_output=True), count, repeats=0)
 
 
 def main(argv=None):
