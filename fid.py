@@ -12,10 +12,12 @@ paper's), pytorch-fid or clean (clean-fid). Numbers of other protocols, networks
 """
 
 import argparse
+import ctypes
 import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
 
 COMMON = dict(protocol="adm", features_weights="hub", batch_size=32, workers=min(8, os.cpu_count() or 1))
@@ -83,12 +86,9 @@ def precision_recall(samples, reference, neighbours=3, block=256):
     """
 
     def share_inside(points, centres):
-        radii = []
-        for start in range(0, len(centres), block):
-            distance = torch.cdist(centres[start : start + block], centres)  # (block,M)
-            distance.diagonal(start).fill_(torch.inf)
-            radii.append(distance.topk(neighbours, largest=False).values[:, -1])
-        radii = torch.cat(radii)
+        distances = (torch.cdist(rows, centres) for rows in centres.split(block))  # each (block,M)
+        # One further than the neighbour asked for: the nearest to a point is itself.
+        radii = torch.cat([distance.kthvalue(neighbours + 1).values for distance in distances])
         inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)]
         return torch.cat(inside).double().mean().item()
 
@@ -112,83 +112,32 @@ def inception_input(images, protocol):
     return (x - 128) / 128
 
 
-# Inception's blocks, "branch: convolution, convolution" as "channels kernel"; those in a | b share an input.
-A = "1x1: 64 1x1; 5x5: 48 1x1, 64 5x5; 3x3dbl: 64 1x1, 96 3x3, 96 3x3"
-C = "1x1: 192 1x1; 7x7: {n} 1x1, {n} 1x7, 192 7x1; 7x7dbl: {n} 1x1, {n} 7x1, {n} 1x7, {n} 7x1, 192 1x7"
-E = "1x1: 320 1x1; 3x3: 384 1x1, 384 1x3 | 384 3x1; 3x3dbl: 448 1x1, 384 3x3, 384 1x3 | 384 3x1"
-AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-MAX, HALVE = nn.MaxPool2d(3, stride=1, padding=1), nn.MaxPool2d(3, stride=2)
-BLOCKS = {  # channels in, branches, pooling, channels of the convolution after the pooling
-    "Mixed_5b": (192, A, AVERAGE, 32),  # 35 x 35 pixels
-    "Mixed_5c": (256, A, AVERAGE, 64),
-    "Mixed_5d": (288, A, AVERAGE, 64),
-    "Mixed_6a": (288, "3x3: 384 3x3; 3x3dbl: 64 1x1, 96 3x3, 96 3x3", HALVE, 0),  # to 17 x 17 pixels
-    "Mixed_6b": (768, C.format(n=128), AVERAGE, 192),
-    "Mixed_6c": (768, C.format(n=160), AVERAGE, 192),
-    "Mixed_6d": (768, C.format(n=160), AVERAGE, 192),
-    "Mixed_6e": (768, C.format(n=192), AVERAGE, 192),
-    "Mixed_7a": (768, "3x3: 192 1x1, 320 3x3; 7x7x3: 192 1x1, 192 1x7, 192 7x1, 192 3x3", HALVE, 0),
-    "Mixed_7b": (1280, E, AVERAGE, 192),  # 8 x 8 pixels
-    "Mixed_7c": (2048, E, MAX, 192),  # a maximum in the released graph, here alone
-}
+def padding_not_counted(_module, inputs):
+    """torchvision's averages of 3 x 3 pixels count the zeros around the image, TensorFlow's do not."""
+    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
 
 
-class ConvBN(nn.Sequential):
-    def __init__(self, width, channels, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(width, channels, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(channels, eps=1e-3)
-        self.relu = nn.ReLU(inplace=True)
-
-
-class Mixed(nn.Module):
-    """A block: (B,width,h,w) -> the outputs of its branches and of its pooling, concatenated."""
-
-    def __init__(self, width, table, pool, pool_channels):
-        super().__init__()
-        self.pool, self.chains = pool, []
-        for branch, chain in (row.split(": ") for row in table.split("; ")):
-            channels, steps = width, chain.split(", ")
-            self.chains.append([])
-            for number, step in enumerate(steps, 1):
-                names, channels_in = [], channels
-                halve = pool is HALVE and number == len(steps)  # the branches halve the image at their end
-                for letter, conv in zip("ab", step.split(" | "), strict=False):
-                    channels, *sides = map(int, re.findall(r"\d+", conv))
-                    stride, padding = (2, 0) if halve else (1, [side // 2 for side in sides])
-                    names.append(f"branch{branch}" + f"_{number}" * (len(steps) > 1) + letter * ("|" in step))
-                    self.add_module(names[-1], ConvBN(channels_in, channels, sides, stride, padding))
-                self.chains[-1].append(names)
-        self.branch_pool = ConvBN(width, pool_channels, 1) if pool_channels else nn.Identity()
-
+class LastBlock(InceptionE):
     def forward(self, x):
-        outputs = []
-        for *steps, ends in self.chains:
-            h = x
-            for (name,) in steps:
-                h = getattr(self, name)(h)
-            outputs += [getattr(self, name)(h) for name in ends]
-        return torch.cat(outputs + [self.branch_pool(self.pool(x))], 1)
+        """As the block before it, with a maximum where that has an average."""
+        *branches, _ = self._forward(x)
+        return torch.cat([*branches, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))], 1)
 
 
-class Inception(nn.Module):
+class Inception(Inception3):
     """The FID network: images uint8 (B,3,H,W) -> features (B,2048); class scores are features @ fc.weight.T.
-    The state dict is named as pytorch-fid's released file. A new network is untrained, the same every time.
+
+    TensorFlow's graph of 2015 as pytorch-fid ported it: torchvision's, but for the pooling in its blocks and
+    the number of classes. A new one is untrained, the same every time.
     """
 
     def __init__(self, protocol="adm"):
-        super().__init__()
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         self.protocol, self.width = protocol, 2048
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)  # 299 x 299 pixels -> 149 x 149
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3, padding=1)
-        self.pool_2b = nn.MaxPool2d(3, stride=2)  # 73 x 73
-        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3)
-        self.pool_4a = nn.MaxPool2d(3, stride=2)  # 35 x 35
-        for name, block in BLOCKS.items():
-            self.add_module(name, Mixed(*block))
-        self.fc = nn.Linear(2048, 1008)
+        for block in self.children():
+            if hasattr(block, "branch_pool"):
+                block.branch_pool.register_forward_pre_hook(padding_not_counted)
+        self.Mixed_7c = LastBlock(2048)
         generator = torch.Generator().manual_seed(0)
         for weight in self.parameters():
             if weight.ndim > 1:  # He et al. 2015: the features keep their scale through 94 convolutions
@@ -198,13 +147,13 @@ class Inception(nn.Module):
     def fold(self):
         """Merge batch norms into convolutions, go channels-last: 1.7 times faster. Renames the state dict."""
         for module in self.modules():
-            if isinstance(module, ConvBN):
+            if isinstance(module, BasicConv2d):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         x = inception_input(images, self.protocol).contiguous(memory_format=torch.channels_last)
-        for layer in list(self.children())[:-1]:  # all but the classifier
+        for layer in list(self.children())[:-3]:  # all but average, dropout and classifier
             x = layer(x)
         return x.mean((2, 3))  # (B,2048,8,8) -> (B,2048)
 
@@ -222,7 +171,7 @@ class TimmFeatures(nn.Module):
             self.model.set_input_size(224)
         if "patch14_dinov2" in name:  # resized as by its authors; timm's way moves the features by 5 %
             grid = native[:, 1:].unflatten(1, (37, 37)).movedim(3, 1)  # (1,C,37,37)
-            grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic", align_corners=False)
+            grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # to 16 x 16
             self.model.pos_embed.data = torch.cat([native[:, :1], grid.flatten(2).mT], 1)
         self.width = self.eval().model.num_features
 
@@ -232,26 +181,28 @@ class TimmFeatures(nn.Module):
         return self.model((x.clamp(0, 255).round() / 255 - mean) / std)  # rounded, as Pillow's images are
 
 
-def load_network(args, device):
+def load_network(args):
     """-> network, and what it is: protocol, name, first digits of the weight file's SHA-256."""
-    kind = "features" if args.features else "inception"
-    weights = getattr(args, f"{kind}_weights")
-    known = {"random": "random", "hub": "hub" if args.features else HUB_URL[-12:-4]}
+    weights = args.features_weights if args.features else args.inception_weights
     try:
-        digest = known.get(weights) or hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
+        digest = weights
+        if weights not in ("hub", "random"):
+            digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
         if args.features:
-            return TimmFeatures(args.features, weights).to(device), f"224px {args.features} {digest}"
+            return TimmFeatures(args.features, weights), f"224px {args.features} {digest}"
         network = Inception(args.protocol)
         if weights == "hub":
-            state = torch.hub.load_state_dict_from_url(HUB_URL, None, "cpu", True, True, weights_only=True)
+            digest = HUB_URL[-12:-4]
+            state = torch.hub.load_state_dict_from_url(HUB_URL, check_hash=True, weights_only=True)
         elif weights != "random":
             state = torch.load(weights, "cpu", weights_only=True)
         if weights != "random":
             network.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked
     except Exception as error:  # files and hubs fail in types of all kinds
+        flag = "--features-weights" if args.features else "--inception-weights"
         reason = f"{' '.join(str(error).split())[:160]}; FILE is a copy of {args.features or HUB_URL}"
-        raise SystemExit(f"--{kind}-weights {weights}: {reason}") from None
-    return network.fold().to(device), f"{args.protocol} inception {digest}"
+        raise SystemExit(f"{flag} {weights}: {reason}") from None
+    return network.fold(), f"{args.protocol} inception {digest}"
 
 
 def to_rgb(image, crop=None):
@@ -263,7 +214,7 @@ def to_rgb(image, crop=None):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if not crop:
+    if crop is None:
         return image
     while min(image.size) >= 2 * crop:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -274,13 +225,16 @@ def to_rgb(image, crop=None):
 
 
 class ImageSet(Dataset):
-    """Images of a folder, .tar or .npz in fixed order, as uint8 (3,H,W), and the statistics in an .npz."""
+    """Images of a folder, .tar or .npz in fixed order, as uint8 (3,H,W), and the statistics in an .npz.
+
+    Raises SystemExit where it has neither, and ValueError at an image that can't be used.
+    """
 
     def __init__(self, path, flag, crop=None, num=None, spread=False):
         self.name, self.crop, self.shape, self.frame = f"{flag} {path}", crop, None, None
         self.mu = self.sigma = self.features = self.made_by = None
         try:
-            self.items = self.open(path)  # (name, file, offset, size)
+            self.items = self.open_npz(path) if path.endswith(".npz") else self.list_files(path)
             if num:
                 step = max(1, len(self.items) / num) if spread else 1
                 self.items = [self.items[int(i * step)] for i in range(min(num, len(self.items)))]
@@ -290,14 +244,13 @@ class ImageSet(Dataset):
             self.shape = self[0].shape if self.items else None
         except Exception as error:  # files, zip, tar, npy and Pillow raise what they like
             wanted = "images in a folder, .tar or .npz (arr_0), or mu and sigma in an .npz"
-            raise SystemExit(f"{self.name}: {error}; expected {wanted}") from None
+            raise SystemExit(f"{self.name}: {' '.join(str(error).split())}; expected {wanted}") from None
 
-    def open(self, path):
-        if path.endswith(".npz"):
-            return self.open_npz(path)
+    def list_files(self, path):
+        """-> (name, file, offset, bytes) of each image, sorted."""
         if path.endswith(".tar"):
             with tarfile.open(path, "r:") as tar:
-                items = [(m.name, path, m.offset_data, m.size) for m in tar if m.isfile()]
+                items = [(file.name, path, file.offset_data, file.size) for file in tar if file.isfile()]
         else:
             os.listdir(path)  # raises where glob finds nothing in silence
             names = glob.glob("**", root_dir=path, recursive=True)
@@ -305,29 +258,37 @@ class ImageSet(Dataset):
         return sorted(item for item in items if item[0].lower().endswith(EXTENSIONS))
 
     def open_npz(self, path):
-        with np.load(path) as file:
-            for key in {"mu", "sigma", "features", "made_by"} & set(file.files):
-                setattr(self, key, file[key])
-        mu, sigma = self.mu, self.sigma
-        if mu is not None and (np.shape(sigma) != mu.shape * 2 or not np.isfinite(mu.sum() + sigma.sum())):
-            raise ValueError("mu and sigma are not finite, of shapes (D,) and (D,D)")
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            if "arr_0.npy" not in archive.namelist():
-                return []
-            # Images are read one by one where they lie in the file: 50,000 would fill 10 GB of memory.
-            entry = archive.getinfo("arr_0.npy")
-            if entry.compress_type:
-                raise ValueError("arr_0 is compressed, write it with np.savez")
+        """Keeps the statistics; the images, 10 GB perhaps, are listed where they lie in the file."""
+        dtypes = dict(mu=np.float64, sigma=np.float64, features=np.float32, made_by=str)
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as archive, np.load(path) as arrays:
+            if sum(entry.file_size for entry in archive.infolist()) > 100 * size:
+                raise ValueError("it is a zip bomb")
+            for key in dtypes.keys() & set(arrays.files if "mu" in arrays else ()):
+                setattr(self, key, np.asarray(arrays[key], dtypes[key]))
+            entry = archive.NameToInfo.get("arr_0.npy")
+        if self.mu is not None:
+            rows = self.mu[None] if self.features is None else self.features
+            fits = self.mu.ndim == 1 and np.shape(self.sigma) == 2 * self.mu.shape == 2 * rows.shape[1:]
+            if not fits or not np.isfinite(self.mu.sum() + self.sigma.sum() + rows.sum()):
+                raise ValueError("mu, sigma, features are not finite, of shapes (D,), (D,D), (N,D)")
+        if entry is None:
+            return []
+        if entry.compress_type:
+            raise ValueError("arr_0 is compressed, write it with np.savez")
+        with open(path, "rb") as file:
             file.seek(entry.header_offset)
             file.seek(entry.header_offset + file.read(512).find(b"\x93NUMPY") + 8)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype != np.uint8 or shape[3:] != (3,):
-                raise ValueError(f"arr_0 is {dtype} {shape}")
-            self.frame, size = (shape[2], shape[1]), 3 * shape[1] * shape[2]
-            return [(f"image {i}", path, file.tell() + i * size, size) for i in range(shape[0])]
+            shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        fits = dtype == np.uint8 and not transposed and shape[3:] == (3,) and min(shape) > 0
+        if not fits or start + math.prod(shape) > size:
+            raise ValueError(f"arr_0 is {dtype} {shape}, not whole uint8 images (N,H,W,3)")
+        self.frame, size = (shape[2], shape[1]), math.prod(shape[1:])
+        return [(f"image {i}", path, start + i * size, size) for i in range(shape[0])]
 
     def __len__(self):
-        return len(self.items) if self.features is None else len(self.features)
+        return len(self.items if self.features is None else self.features)
 
     def __getitem__(self, index):
         name, path, offset, size = self.items[index]
@@ -380,7 +341,11 @@ def parse_args(argv=None):
     known = parser.parse_known_args(argv)[0]
     preset = known.preset or ("paper" if known.ref or known.save_stats else "demo")
     parser.set_defaults(**PRESETS[preset])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in ("num", "ref_num", "crop", "batch_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    return args
 
 
 def choose_metrics(args, samples, reference=()):
@@ -401,13 +366,18 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cudnn.allow_tf32 = False  # TF32 moves features by 1e-3
+    if sys.platform == "linux":  # glibc returns large blocks at every free; new pages cost 15 % of the time
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
     sets = [ImageSet(args.samples, "samples", None if args.ref else args.crop, args.num)]
     sets += [ImageSet(args.ref, "--ref", args.crop, args.ref_num, spread=True)] if args.ref else []
+    samples, reference, results = sets[0], sets[-1], {}
     metrics = choose_metrics(args, *sets)
-    made_by, network = {s.name: str(s.made_by) for s in sets if s.made_by}, None
+    made_by, network = {s.name: str(s.made_by) for s in sets if s.made_by is not None}, None
     if metrics != ["fid"] or any(s.mu is None for s in sets):
-        network, made_by["this run"] = load_network(args, device)
+        network, made_by["this run"] = load_network(args)
+        network.to(device)
     if len(set(made_by.values())) > 1:
         raise SystemExit("not comparable: " + ", ".join(f"{name} is by {by}" for name, by in made_by.items()))
     counts = [len(s) if s.mu is None or s.features is not None else None for s in sets] + [None]
@@ -419,7 +389,8 @@ def main(argv=None):
         biased = "; FID of fewer than 2048 images is biased" * (min(n or 2048 for n in counts) < 2048)
         print(f"{note}, fp32 on {world} x {device.type}{biased}", file=sys.stderr)
 
-    for s, by_image in zip(sets, ({"is", "prec", "rec"}, {"prec", "rec"}), strict=False):
+    for s in sets:
+        by_image = {"prec", "rec"} | ({"is"} if s is samples else set())
         if s.features is None and (s.mu is None or by_image & set(metrics)):
             s.features = extract(s, network, args, device, rank, world)
         if s.mu is None and rank == 0:
@@ -428,7 +399,6 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank > 0:
         return
-    samples, reference, results = sets[0], sets[-1], {}
     if samples.mu.shape != reference.mu.shape:
         raise SystemExit(f"{samples.name}, {reference.name}: statistics of different networks")
     if "fid" in metrics:

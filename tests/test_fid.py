@@ -1,10 +1,12 @@
 """fid.py against slow formulas, Pillow, scipy, torchvision, and the numbers of the programs it replaces."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -233,6 +235,17 @@ def test_centre_crop_is_adms():
     assert np.array_equal(fid.to_rgb(Image.fromarray(x[:, :32]), 32), x[:, :32])
 
 
+def test_crop_is_the_references(place, capsys, tmp_path):
+    for path in sorted((place / "a").rglob("*.png")):
+        fid.to_rgb(Image.open(path), 20).save(tmp_path / path.name)
+    found = run_timm(capsys, place, tmp_path, "--ref", place / "a", "--crop", 20, "--num", 12)
+    assert found["fid"] < 1e-3 and (found["prec"], found["rec"], found["num"]) == (1, 1, 12)
+    stats = [tmp_path / "cropped.npz", tmp_path / "whole.npz"]
+    run_timm(capsys, place, place / "a", "--crop", 20, "--save-stats", stats[0])
+    run_timm(capsys, place, tmp_path, "--save-stats", stats[1])
+    assert run_timm(capsys, place, stats[0], "--ref", stats[1])["fid"] < 1e-3
+
+
 def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
     saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
@@ -273,6 +286,149 @@ def test_the_demo_is_what_runs_without_a_reference(capsys, place):
     assert "compare with nothing" in out.err.splitlines()[0] and out.out.startswith("fid ")
 
 
+def test_position_embedding_as_dinov2s_authors_resize_it(tmp_path):
+    model = timm.create_model("vit_small_patch14_dinov2", depth=1)  # 518 px: 37 x 37 patches
+    torch.nn.init.normal_(model.pos_embed, generator=torch.Generator().manual_seed(0))
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}
+    full = timm.create_model("vit_small_patch14_dinov2").state_dict() | state
+    torch.save(full, tmp_path / "vit.pth")
+    network = fid.TimmFeatures("dinov2-small", str(tmp_path / "vit.pth"))
+    found = network.model.pos_embed[0, 1:].reshape(16, 16, 384)
+    assert torch.equal(network.model.pos_embed[:, :1], model.pos_embed[:, :1])
+
+    # Their interpolate_pos_encoding: bicubic (Keys, a = -0.75), no antialias, half-pixel centres, the scale
+    # (16 + 0.1) / 37. One axis after the other, by loops; places outside repeat the edge.
+    def weight(x):
+        x = abs(x)
+        inner, outer = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        return inner if x <= 1 else outer if x < 2 else 0
+
+    matrix = np.zeros((16, 37))
+    for i in range(16):
+        source = (i + 0.5) / (16.1 / 37) - 0.5
+        for j in range(int(np.floor(source)) - 1, int(np.floor(source)) + 3):
+            matrix[i, min(max(j, 0), 36)] += weight(source - j)
+    native = model.pos_embed[0, 1:].detach().reshape(37, 37, 384).double().numpy()
+    expected = np.einsum("ia,jb,abc->ijc", matrix, matrix, native)
+    np.testing.assert_allclose(found.detach(), expected, atol=3e-5)  # positions in fp32: 4e-6 of a patch
+    with torch.inference_mode():
+        features = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
+    assert features.shape == (2, 384) and features.isfinite().all()
+
+
+def test_damaged_npz_end_in_one_line(tmp_path):
+    """Random truncations and bit flips of two whole files: an ImageSet or SystemExit."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "images.npz", rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8))
+    x = rng.normal(size=(9, 4)).astype(np.float32)
+    np.savez(tmp_path / "stats.npz", mu=x.mean(0), sigma=np.cov(x.T), features=x, made_by="a")
+    refused = 0
+    for case in range(400):
+        data = bytearray((tmp_path / ("images.npz", "stats.npz")[case % 2]).read_bytes())
+        if case % 4 < 2:
+            data = data[: rng.integers(len(data))]
+        for place in rng.integers(0, len(data), 1 + case % 7) if data else ():
+            data[place] ^= 1 << rng.integers(8)
+        (tmp_path / "damaged.npz").write_bytes(data)
+        try:
+            images = fid.ImageSet(str(tmp_path / "damaged.npz"), "--ref")
+            assert images.mu is None or np.isfinite(images.sigma).all()
+            for i in range(len(images.items)):
+                assert images[i].shape == images.shape
+        except SystemExit as stop:
+            refused += 1
+            assert "damaged.npz: " in str(stop) and "\n" not in str(stop)
+    assert 200 < refused < 400
+
+
+def npy(header, data=b""):
+    """The bytes of an .npy whose header says what it likes."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (0, 8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': True, 'shape': (4, 8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': ()}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (4, 8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False}",
+        "__import__('os').abort()",
+    ],
+)
+def test_hostile_npz_headers(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", npy(header, bytes(4 * 8 * 8 * 3)))
+    with pytest.raises(SystemExit, match=r"x\.npz: [^\n]+$"):
+        fid.ImageSet(str(tmp_path / "x.npz"), "")
+
+
+def test_zip_bombs_are_not_unpacked(tmp_path):
+    for name, shape in {"sigma": (20000, 20000), "arr_0": (10**6, 8, 8, 3)}.items():
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}"
+        with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("mu.npy", npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}"))
+            archive.writestr(f"{name}.npy", npy(header, bytes(10**7)))
+        with pytest.raises(SystemExit, match="bomb"):
+            fid.ImageSet(str(tmp_path / "bomb.npz"), "")
+
+
+def test_hostile_images(tmp_path):
+    """Every file by itself, beside a good one of its size: its name in one line, or its pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    good = {
+        "spaces and \u00e9\u4e2d.png": lambda file: Image.fromarray(noise).save(file),
+        "cmyk.jpg": lambda file: Image.fromarray(noise).convert("CMYK").save(file),
+        "deep.png": lambda file: Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(file),
+        "palette.png": lambda file: Image.fromarray(noise).convert("P").save(file, transparency=3),
+        "bits.png": lambda file: Image.fromarray(noise).convert("1").save(file),
+        "turned.jpg": lambda file: Image.fromarray(noise).save(file, exif=turned),
+        "upper.JPEG": lambda file: Image.fromarray(noise).save(file, "JPEG"),
+    }
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    bad = {
+        "truncated.jpg": lambda file: file.write_bytes(buffer.getvalue()[:700]),
+        "zero.png": lambda file: file.write_bytes(b""),
+        "text.png": lambda file: file.write_text("hello\n"),
+        "bomb.png": lambda file: Image.new("1", (20000, 20000)).save(file),
+        "dangling.png": lambda file: file.symlink_to(tmp_path / "nowhere.png"),
+        "folder.png": lambda file: file.mkdir(),
+        "flat.png": lambda file: Image.new("RGB", (4000, 1)).save(file),
+        "dot.png": lambda file: Image.new("RGB", (1, 1)).save(file),
+    }
+    for number, (name, write) in enumerate((good | bad).items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        Image.fromarray(noise).save(folder / "000.png")
+        write(folder / name)
+        images = fid.ImageSet(str(folder), "--ref")
+        if name in good:
+            assert images[1].shape == (3, 64, 64)
+        else:
+            with pytest.raises(ValueError, match=name) as error:
+                images[1]
+            assert "\n" not in str(error.value)
+    assert fid.ImageSet(str(folder), "", crop=32)[1].shape == (3, 32, 32)  # 1 x 1, scaled up
+
+
+def test_download_checks_the_hash(tmp_path, monkeypatch):
+    """The released file's name ends in the first digits of its SHA-256: any other content is refused."""
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.setattr(fid, "HUB_URL", (tmp_path / "pt_inception-2015-12-05-6726825d.pth").as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    with pytest.raises(SystemExit, match="invalid hash value"):
+        fid.load_network(fid.parse_args(["a", "--ref", "b"]))
+    assert not list((tmp_path / "hub").rglob("*.pth"))
+
+
 @pytest.fixture(scope="module")
 def bad(place):
     """Inputs that can't be used, by name."""
@@ -294,6 +450,8 @@ def bad(place):
     np.savez(place / "shapes.npz", mu=zeros, sigma=one[:3])
     np.savez(place / "half.npz", sigma=one)
     np.savez(place / "small.npz", mu=zeros, sigma=one)
+    np.savez(place / "nomu.npz", mu=zeros, sigma=one, features=one[:, :3])
+    np.savez(place / "lone.npz", mu=zeros)
     np.savez(place / "other.npz", mu=zeros, sigma=one, made_by="clean inception 6726825d")
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
@@ -312,7 +470,7 @@ def bad(place):
         ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
         ("junk.npz", "", "junk.npz"),
         ("nan.npz", "", "not finite"),
-        ("shapes.npz", "", r"shapes \(D,\) and \(D,D\)"),
+        ("shapes.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("half.npz", "", "0 images, at least 2"),
         ("floats.npz", "", "float64"),
         ("packed.npz", "", "compressed"),
@@ -320,6 +478,9 @@ def bad(place):
         ("small.npz", "--ref other.npz --metrics is", "allow fid"),
         ("other.npz", "", "not comparable"),
         ("a", "--metrics fid,kid", "--metrics fid,kid"),
+        ("a", "--num 0", "--num 0: expected 1 or more"),
+        ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
+        ("lone.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("a", "--features no_such_model", "Unknown model"),
         ("a", "--features-weights no.pth", "No such file"),
         ("a", "--features= --inception-weights wrong.pth", "Missing key.*Conv2d_1a_3x3.conv.weight"),
