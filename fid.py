@@ -63,7 +63,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors * eigenvalues.clamp(min=0).sqrt()
     trace_root = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root
-    return max(0.0, distance.item())
+    return max(distance.item(), 0.0)  # in this order NaN stays NaN
 
 
 def inception_score(features, class_weight, split_size=5000):
@@ -299,7 +299,7 @@ class ImageSet(Dataset):
             if self.shape not in (None, pixels.shape):
                 raise ValueError(f"{[*pixels.shape]}, unlike {self.items[0][0]} {[*self.shape]}; see --crop")
         except Exception as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(" ".join(f"{name}: {error}".split())) from None
         return pixels
 
 
@@ -367,8 +367,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cudnn.allow_tf32 = False  # TF32 moves features by 1e-3
     if sys.platform == "linux":  # glibc returns large blocks at every free; new pages cost 15 % of the time
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: keep them
 
     sets = [ImageSet(args.samples, "samples", None if args.ref else args.crop, args.num)]
     sets += [ImageSet(args.ref, "--ref", args.crop, args.ref_num, spread=True)] if args.ref else []

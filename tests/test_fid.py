@@ -240,6 +240,8 @@ def test_crop_is_the_references(place, capsys, tmp_path):
         fid.to_rgb(Image.open(path), 20).save(tmp_path / path.name)
     found = run_timm(capsys, place, tmp_path, "--ref", place / "a", "--crop", 20, "--num", 12)
     assert found["fid"] < 1e-3 and (found["prec"], found["rec"], found["num"]) == (1, 1, 12)
+    whole = run_timm(capsys, place, place / "a", "--ref", place / "a", "--crop", 20)
+    assert whole["fid"] > 0.1  # the samples are not cropped, unlike the reference
     stats = [tmp_path / "cropped.npz", tmp_path / "whole.npz"]
     run_timm(capsys, place, place / "a", "--crop", 20, "--save-stats", stats[0])
     run_timm(capsys, place, tmp_path, "--save-stats", stats[1])
@@ -352,7 +354,7 @@ def npy(header, data=b""):
     [
         "{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (0, 8, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 0, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': True, 'shape': (4, 8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': ()}",
@@ -374,7 +376,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
         with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("mu.npy", npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}"))
             archive.writestr(f"{name}.npy", npy(header, bytes(10**7)))
-        with pytest.raises(SystemExit, match="bomb"):
+        with pytest.raises(SystemExit, match="it is a zip bomb"):
             fid.ImageSet(str(tmp_path / "bomb.npz"), "")
 
 
@@ -402,6 +404,7 @@ def test_hostile_images(tmp_path):
         "dangling.png": lambda file: file.symlink_to(tmp_path / "nowhere.png"),
         "folder.png": lambda file: file.mkdir(),
         "flat.png": lambda file: Image.new("RGB", (4000, 1)).save(file),
+        "new\nline.png": lambda file: file.write_bytes(b""),
         "dot.png": lambda file: Image.new("RGB", (1, 1)).save(file),
     }
     for number, (name, write) in enumerate((good | bad).items()):
@@ -413,7 +416,7 @@ def test_hostile_images(tmp_path):
         if name in good:
             assert images[1].shape == (3, 64, 64)
         else:
-            with pytest.raises(ValueError, match=name) as error:
+            with pytest.raises(ValueError, match=name.replace("\n", " ")) as error:
                 images[1]
             assert "\n" not in str(error.value)
     assert fid.ImageSet(str(folder), "", crop=32)[1].shape == (3, 32, 32)  # 1 x 1, scaled up
