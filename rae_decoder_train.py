@@ -358,7 +358,10 @@ def save_preview(path, decoder, encoder, images):
     """PNG with the originals (B,3,S,S) over their reconstructions."""
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
     pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
-    Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
+    try:
+        Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
+    except OSError as error:
+        print(f"{path}: no preview ({error}); training goes on", file=sys.stderr)
 
 
 def join_ranks():
@@ -393,7 +396,10 @@ def open_log(folder):
 
 def write_log(log, step, record):
     file, board = log
-    print(json.dumps({"step": step} | record), file=file)
+    try:
+        print(json.dumps({"step": step} | record), file=file)
+    except OSError as error:
+        raise SystemExit(f"{file.name}: can't be written ({error}); the last checkpoint is whole") from None
     for name, value in record.items() if board else ():
         board.add_scalar(name, value, step)
 
@@ -465,7 +471,9 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
-    held_out = ImageData(args.eval_data or args.data, args.image_size, skip_broken=args.skip_broken)
+    held_out = ImageData(
+        args.eval_data or args.data, args.image_size, None, 0, args.skip_broken, "--eval-data"
+    )
     epoch, batch = len(data) // args.batch_size, args.batch_size
     if not epoch:
         raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
@@ -473,7 +481,7 @@ def main(argv=None):
         raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
     counts = (args.epochs, args.warmup_epochs, args.disc_start, args.gan_start)
     steps, warmup, disc_start, gan_start = (round(epoch * count) for count in counts)
-    steps = args.steps or steps
+    steps = args.steps or max(1, steps)
     log = open_log(args.out) if rank == 0 else None
 
     torch.manual_seed(args.seed)

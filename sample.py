@@ -193,7 +193,8 @@ def open_sampling(args, decoder, config, device):
 
 def open_reconstruction(args, decoder, config, device):
     """The same for decode(encode(image)); returns (images of index batches, the originals, settings)."""
-    data = ImageData(args.reconstruct, decoder.grid * decoder.patch_size, skip_broken=args.skip_broken)
+    size = decoder.grid * decoder.patch_size
+    data = ImageData(args.reconstruct, size, None, 0, args.skip_broken, "--reconstruct")
     args.num = min(args.num or len(data), len(data))
     (keys,) = even_order(len(data), args.num, args.num)
     weights = args.encoder_weights = args.encoder_weights or config.get("encoder_weights")
@@ -314,6 +315,11 @@ def parse_args(argv=None):
     for flag in ("steps", "num", "batch_size", "reuse_body"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    for flag in ("seed", "workers", "cfg", "latent_noise"):
+        if not 0 <= (getattr(args, flag) or 0) < 2**32:
+            raise SystemExit(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more, below 2^32"
+            )
     if not 0 <= args.t_end < 1:
         raise SystemExit(f"--t-end {args.t_end}: expected 0 or more, below 1")
     if args.shift is not None and args.shift <= 0:
