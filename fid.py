@@ -347,6 +347,8 @@ def parse_args(argv=None):
     for flag, least in dict(num=1, ref_num=1, crop=1, batch_size=1, workers=0).items():
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {least} or more")
+    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
+        raise SystemExit(f"--save-stats {args.save_stats}: no such folder")
     return args
 
 

@@ -257,7 +257,7 @@ def resume(args, config, **state):
         checkpoint = read_weights(source)
     except SystemExit as error:
         raise SystemExit(f"{error}{hint}") from None
-    if checkpoint.get("format") != "rae-flow/1":
+    if checkpoint.get("format") != "rae-flow/1" or not checkpoint.keys() >= {"config", "step", "model"}:
         raise SystemExit(f"--resume {source}: not a rae-flow/1 checkpoint{hint}")
     for key, value in config.items():
         if (was := checkpoint["config"].get(key)) != value:

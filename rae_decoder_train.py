@@ -151,14 +151,14 @@ def load_decoder(path, encoder="dinov2-base"):
     `encoder`. Raises SystemExit for any other file.
     """
     file = read_weights(path)
-    if file.get("format") == "rae-decoder/1":
-        decoder = Decoder(**file["config"]["decoder"])
-        decoder.load_state_dict(file["ema"])
-        return decoder.eval(), file["config"]
-    for level in ("ema", "model", "module", "state_dict"):
-        file = file.get(level, file)
-    state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
     try:
+        if file.get("format") == "rae-decoder/1":
+            decoder = Decoder(**file["config"]["decoder"])
+            decoder.load_state_dict(file["ema"])
+            return decoder.eval(), file["config"]
+        for level in ("ema", "model", "module", "state_dict"):
+            file = file.get(level, file)
+        state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
         width, channels = state["decoder_embed.weight"].shape
         name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
         position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
@@ -167,7 +167,7 @@ def load_decoder(path, encoder="dinov2-base"):
         decoder = Decoder(name, channels, grid, p, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
-    except (AttributeError, KeyError, StopIteration, RuntimeError) as error:
+    except Exception as error:  # a foreign file can break in any of these lines
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"{path}: neither rae-decoder/1 nor a released decoder ({reason})") from None
     return decoder.eval(), {}
@@ -429,7 +429,7 @@ def resume(args, config, **state):
         checkpoint = read_weights(source)
     except SystemExit as error:
         raise SystemExit(f"{error}; {way_out}") from None
-    if checkpoint.get("format") != "rae-decoder/1":
+    if checkpoint.get("format") != "rae-decoder/1" or not checkpoint.keys() >= {"config", "step", "model"}:
         raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint; {way_out}")
     for key, value in config.items():
         if (was := checkpoint["config"].get(key, value)) != value:

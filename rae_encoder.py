@@ -333,7 +333,8 @@ def read_weights(path):
 def load_statistics(path, latent_shape):
     """Reads {"mean", "var"}, each (C,G,G); None, as in released files, or a missing var mean 0 and 1."""
     file = read_weights(path)
-    if "mean" not in file:
+    tensors = [file.get(key) is None or torch.is_tensor(file[key]) for key in ("mean", "var")]
+    if "mean" not in file or not all(tensors):
         raise SystemExit(f"--stats {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
     mean, var = file["mean"], file.get("var")
     mean = torch.zeros(*latent_shape) if mean is None else mean.float()
@@ -425,6 +426,10 @@ def main(argv=None):
     num = args.num or len(data)
     if not 2 <= num <= len(data):
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and statistics need two")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: can't be written ({error})") from None
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -439,7 +444,6 @@ def main(argv=None):
     if world > 1:
         dist.all_reduce(broken)
     if rank == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         torch.save({"mean": mean.cpu(), "var": var.cpu()}, args.out + ".tmp")
         os.replace(args.out + ".tmp", args.out)
         replaced = f"; {broken.count_nonzero()} broken images were replaced by others" * bool(broken.any())

@@ -33,6 +33,7 @@ STAGES = {  # both at a few thousand weights; two steps an epoch, so that the GA
 }
 COMMON = "--batch-size 8 --workers 0 --log-every 1 --save-every 1 --precision fp32"
 # Forks of an interpreter that has imported everything: a run starts at once.
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # before 3.13 it does not get sys.path otherwise
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*STAGES, "test_faults", "torch.utils.tensorboard"])
 
@@ -176,7 +177,7 @@ def test_killed_runs_end_with_the_same_bits(folder, script, world):
             assert there >= {"last.pt.tmp", "previous.pt" if moment == 6 else "last.pt"}
             assert ("last.pt" in there) == (moment != 6)
         else:
-            wait_for_steps(ranks, "killed", 2)
+            wait_for_steps(ranks, "killed", 4)
             time.sleep(rng.uniform(0, 0.2))
         for rank in rng.permutation(ranks):
             rank.kill()
@@ -334,11 +335,24 @@ def test_safetensors_wherever_weights_are_read(folder):
         (sample, "--seed -1", "--seed -1: expected 0 or more"),
         (sample, "--cfg nan", "--cfg nan: expected 0 or more"),
         (sample, "--reconstruct none --decoder decoder.pt", "--reconstruct none: no such folder"),
+        (sample, "--latent-noise 1", "--latent-noise is for --reconstruct"),
         (fid, "--workers -1", "--workers -1: expected 0 or more"),
+        (fid, "--save-stats none/x.npz", "--save-stats none/x.npz: no such folder"),
+        (rae_encoder, "--out file/x.pt", "--out file/x.pt: can't be written"),
+        (sample, f"{SAMPLE} --out file/x", "--out file/x: can't be written"),
+        (sample, f"{SAMPLE} --out file", "--out file: can't be written"),
+        (sample, f"{SAMPLE} --decoder strange.pt", "strange.pt: neither rae-decoder/1 nor"),
+        (sample, f"{SAMPLE} --stats strange.pt", "--stats strange.pt: no latent statistics"),
+        (
+            rae_decoder_train,
+            f"{COMMON} --lpips-weight 0 --resume strange.pt",
+            "--resume strange.pt: not a rae",
+        ),
     ],
 )
 def test_flags_that_cannot_be_meant(folder, module, flags, line):
-    write_decoder("decoder.pt")
+    write_flow("flow.pt"), write_decoder("decoder.pt"), Path("file").touch()
+    torch.save({"format": "rae-decoder/1", "mean": "text"}, "strange.pt")
     assert message(module.main, *flags.split()).startswith(line)
 
 
