@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
@@ -195,7 +196,8 @@ def load_network(args):
             digest = HUB_URL[-12:-4]
             state = torch.hub.load_state_dict_from_url(HUB_URL, check_hash=True, weights_only=True)
         elif weights != "random":
-            state = torch.load(weights, "cpu", weights_only=True)
+            safe = weights.endswith(".safetensors")
+            state = load_file(weights) if safe else torch.load(weights, "cpu", weights_only=True)
         if weights != "random":
             network.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked
     except Exception as error:  # files and hubs fail in types of all kinds
@@ -342,9 +344,11 @@ def parse_args(argv=None):
     preset = known.preset or ("paper" if known.ref or known.save_stats else "demo")
     parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
-    for flag in ("num", "ref_num", "crop", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    for flag, least in dict(num=1, ref_num=1, crop=1, batch_size=1, workers=0).items():
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {least} or more")
+    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
+        raise SystemExit(f"--save-stats {args.save_stats}: no such folder")
     return args
 
 

@@ -155,10 +155,8 @@ def load_latents(args, data, encoder, mean, var, order):
 
 
 def latent_moments(args, encoder, data, latent_shape, rank, world):
-    """Mean and variance (C,G,G) that normalise the latents: those of --stats, or of the data itself."""
+    """Mean and variance (C,G,G) that normalise the latents: those of the data itself."""
     num = min(args.stats_images, len(data))
-    if args.stats:
-        return rae_encoder.load_statistics(args.stats, latent_shape)
     if isinstance(data, np.memmap):
         total = np.zeros((2, *latent_shape))
         for ((_, i),) in rae_encoder.even_order(len(data), num, 1, rank, world):
@@ -225,7 +223,10 @@ def open_log(folder):
 
 def write_log(log, step, record):
     file, board = log
-    print(json.dumps({"step": step} | record), file=file)
+    try:
+        print(json.dumps({"step": step} | record), file=file)
+    except OSError as error:
+        raise SystemExit(f"{file.name}: can't be written ({error}); the last checkpoint is whole") from None
     for name, value in record.items() if board else ():
         board.add_scalar(name, value, step)
 
@@ -256,7 +257,7 @@ def resume(args, config, **state):
         checkpoint = read_weights(source)
     except SystemExit as error:
         raise SystemExit(f"{error}{hint}") from None
-    if checkpoint.get("format") != "rae-flow/1":
+    if checkpoint.get("format") != "rae-flow/1" or not checkpoint.keys() >= {"config", "step", "model"}:
         raise SystemExit(f"--resume {source}: not a rae-flow/1 checkpoint{hint}")
     for key, value in config.items():
         if (was := checkpoint["config"].get(key)) != value:
@@ -318,7 +319,7 @@ def main(argv=None):
         raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
     if batch % (world * args.accum):
         raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
-    steps = args.steps or round(args.epochs * steps_per_epoch)
+    steps = args.steps or max(1, round(args.epochs * steps_per_epoch))
     torch.manual_seed(args.seed)
     encoder, network, config = build(args, data.classes, device)
     log, last = open_log(args.out) if rank == 0 else None, os.path.join(args.out, "last.pt")
@@ -340,9 +341,11 @@ def main(argv=None):
         what += f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} ({millions:.1f} M "
         what += f"parameters); {world} x {device.type}, {args.precision}"
         print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
-    source = cache_latents(args, encoder, data, rank, world) if args.cache_latents else data
     moments = start.get("mean"), start.get("var")
-    if not step:
+    if args.stats and not step:
+        moments = rae_encoder.load_statistics(args.stats, config["latent_shape"])
+    source = cache_latents(args, encoder, data, rank, world) if args.cache_latents else data
+    if not (step or args.stats):
         moments = latent_moments(args, encoder, source, config["latent_shape"], rank, world)
     mean, var = (moment.to(device) for moment in moments)
     del start  # as large as all that is trained, on every rank

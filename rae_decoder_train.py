@@ -151,14 +151,14 @@ def load_decoder(path, encoder="dinov2-base"):
     `encoder`. Raises SystemExit for any other file.
     """
     file = read_weights(path)
-    if file.get("format") == "rae-decoder/1":
-        decoder = Decoder(**file["config"]["decoder"])
-        decoder.load_state_dict(file["ema"])
-        return decoder.eval(), file["config"]
-    for level in ("ema", "model", "module", "state_dict"):
-        file = file.get(level, file)
-    state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
     try:
+        if file.get("format") == "rae-decoder/1":
+            decoder = Decoder(**file["config"]["decoder"])
+            decoder.load_state_dict(file["ema"])
+            return decoder.eval(), file["config"]
+        for level in ("ema", "model", "module", "state_dict"):
+            file = file.get(level, file)
+        state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
         width, channels = state["decoder_embed.weight"].shape
         name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
         position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
@@ -167,7 +167,7 @@ def load_decoder(path, encoder="dinov2-base"):
         decoder = Decoder(name, channels, grid, p, pixels.mean, pixels.std)
         defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
         decoder.load_state_dict(defaults | state)
-    except (AttributeError, KeyError, StopIteration, RuntimeError) as error:
+    except Exception as error:  # a foreign file can break in any of these lines
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"{path}: neither rae-decoder/1 nor a released decoder ({reason})") from None
     return decoder.eval(), {}
@@ -358,7 +358,10 @@ def save_preview(path, decoder, encoder, images):
     """PNG with the originals (B,3,S,S) over their reconstructions."""
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
     pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
-    Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
+    try:
+        Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
+    except OSError as error:
+        print(f"{path}: no preview ({error}); training goes on", file=sys.stderr)
 
 
 def join_ranks():
@@ -393,7 +396,10 @@ def open_log(folder):
 
 def write_log(log, step, record):
     file, board = log
-    print(json.dumps({"step": step} | record), file=file)
+    try:
+        print(json.dumps({"step": step} | record), file=file)
+    except OSError as error:
+        raise SystemExit(f"{file.name}: can't be written ({error}); the last checkpoint is whole") from None
     for name, value in record.items() if board else ():
         board.add_scalar(name, value, step)
 
@@ -423,7 +429,7 @@ def resume(args, config, **state):
         checkpoint = read_weights(source)
     except SystemExit as error:
         raise SystemExit(f"{error}; {way_out}") from None
-    if checkpoint.get("format") != "rae-decoder/1":
+    if checkpoint.get("format") != "rae-decoder/1" or not checkpoint.keys() >= {"config", "step", "model"}:
         raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint; {way_out}")
     for key, value in config.items():
         if (was := checkpoint["config"].get(key, value)) != value:
@@ -465,7 +471,9 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
-    held_out = ImageData(args.eval_data or args.data, args.image_size, skip_broken=args.skip_broken)
+    held_out = ImageData(
+        args.eval_data or args.data, args.image_size, None, 0, args.skip_broken, "--eval-data"
+    )
     epoch, batch = len(data) // args.batch_size, args.batch_size
     if not epoch:
         raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
@@ -473,7 +481,7 @@ def main(argv=None):
         raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
     counts = (args.epochs, args.warmup_epochs, args.disc_start, args.gan_start)
     steps, warmup, disc_start, gan_start = (round(epoch * count) for count in counts)
-    steps = args.steps or steps
+    steps = args.steps or max(1, steps)
     log = open_log(args.out) if rank == 0 else None
 
     torch.manual_seed(args.seed)

@@ -12,6 +12,7 @@ Letters in shapes: B batch, C token width, G tokens a side, N = G*G tokens, S im
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -98,20 +99,22 @@ class ImageData(Dataset):
         augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
         seed: with the epoch and the index it decides every random number of an image.
         skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
+        flag: the one that gave root, for messages.
 
     data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
     Raises SystemExit where there is no such folder or no image in it.
     """
 
-    def __init__(self, root, size, augment=None, seed=0, skip_broken=False):
+    def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
+        self.name = f"{flag} {root}"
         if not os.path.exists(root):
-            raise SystemExit(f"--data {root}: no such folder or .tar file")
+            raise SystemExit(f"{self.name}: no such folder or .tar file")
         set_img_extensions(EXTENSIONS)
         folder = os.path.isdir(root)
         try:  # timm's tar handles are not cached: forked workers would share their position
             self.reader = ReaderImageFolder(root) if folder else ReaderImageInTar(root, cache_tarfiles=False)
         except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError):
-            raise SystemExit(f"--data {root}: no folder or .tar with {', '.join(EXTENSIONS)} in it") from None
+            raise SystemExit(f"{self.name}: no folder or .tar with {', '.join(EXTENSIONS)} in it") from None
         names = self.reader.class_to_idx if folder else self.reader.class_name_to_idx
         self.classes = list(names)  # in the order of their numbers
         self.size, self.augment, self.seed, self.skip_broken = size, augment, seed, skip_broken
@@ -134,7 +137,7 @@ class ImageData(Dataset):
                 if not self.skip_broken:
                     name = self.reader.filename(candidate, absolute=True)
                     return f"{name}: not a readable image ({error}); repair it, remove it, or --skip-broken"
-        return f"--data {self.reader.root}: every image is broken"
+        return f"{self.name}: every image is broken"
 
     def transform(self, image, rng):
         if self.augment == "crop":
@@ -330,7 +333,8 @@ def read_weights(path):
 def load_statistics(path, latent_shape):
     """Reads {"mean", "var"}, each (C,G,G); None, as in released files, or a missing var mean 0 and 1."""
     file = read_weights(path)
-    if "mean" not in file:
+    tensors = [file.get(key) is None or torch.is_tensor(file[key]) for key in ("mean", "var")]
+    if "mean" not in file or not all(tensors):
         raise SystemExit(f"--stats {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
     mean, var = file["mean"], file.get("var")
     mean = torch.zeros(*latent_shape) if mean is None else mean.float()
@@ -391,12 +395,15 @@ def parse_with_presets(parser, presets, argv):
     args = parser.parse_args(argv)
     if not args.data:
         raise SystemExit(f"--preset {args.preset} needs --data DIR")
-    positive = "image_size encoder_size batch_size accum epochs steps shift log_every save_every"
-    for flag in positive.split():
-        if getattr(args, flag, None) is not None and getattr(args, flag) <= 0:
-            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")
-    if not 0 <= getattr(args, "ema", 0) < 1:
-        raise SystemExit(f"--ema {args.ema}: expected 0 or more, below 1")
+    may_be_0 = "seed workers lr final_lr ema clip noise_tau lpips_weight gan_weight disc_start gan_start"
+    may_be_0 += " warmup_epochs hold_epochs preview_every keep_every"
+    for flag, value in vars(args).items():
+        least = "0 or more" if flag in may_be_0.split() else "more than 0"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and (not 0 <= value < math.inf or (value == 0 and least != "0 or more")):
+            raise SystemExit(f"--{flag.replace('_', '-')} {value}: expected {least}")
+    if getattr(args, "ema", 0) >= 1:
+        raise SystemExit(f"--ema {args.ema}: expected less than 1")
     if getattr(args, "keep_every", None) and args.keep_every % args.save_every:
         raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
@@ -419,6 +426,10 @@ def main(argv=None):
     num = args.num or len(data)
     if not 2 <= num <= len(data):
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and statistics need two")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: can't be written ({error})") from None
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -433,7 +444,6 @@ def main(argv=None):
     if world > 1:
         dist.all_reduce(broken)
     if rank == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         torch.save({"mean": mean.cpu(), "var": var.cpu()}, args.out + ".tmp")
         os.replace(args.out + ".tmp", args.out)
         replaced = f"; {broken.count_nonzero()} broken images were replaced by others" * bool(broken.any())

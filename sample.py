@@ -105,8 +105,11 @@ def to_pixels(images):
 
 def save_image(path, pixels):
     """Written beside it and renamed, so that a PNG that is there is whole."""
-    Image.fromarray(pixels).save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    try:
+        Image.fromarray(pixels).save(path + ".tmp", format="PNG")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise SystemExit(f"{path}: can't be written ({error}); the same command goes on from there") from None
 
 
 def fingerprint(*tensors):
@@ -128,10 +131,13 @@ def claim_folder(out, settings, rank):
     elif any(Path(out).glob("*.png")):
         raise SystemExit(f"--out {out} has images, but no settings.json to tell whose: name another folder")
     elif rank == 0:
-        os.makedirs(out, exist_ok=True)
-        with open(path + ".tmp", "w") as file:
-            json.dump(settings, file, indent=1)
-        os.replace(path + ".tmp", path)
+        try:
+            os.makedirs(out, exist_ok=True)
+            with open(path + ".tmp", "w") as file:
+                json.dump(settings, file, indent=1)
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise SystemExit(f"--out {out}: can't be written ({error})") from None
 
 
 def open_flow(args, decoder, config):
@@ -193,7 +199,8 @@ def open_sampling(args, decoder, config, device):
 
 def open_reconstruction(args, decoder, config, device):
     """The same for decode(encode(image)); returns (images of index batches, the originals, settings)."""
-    data = ImageData(args.reconstruct, decoder.grid * decoder.patch_size, skip_broken=args.skip_broken)
+    size = decoder.grid * decoder.patch_size
+    data = ImageData(args.reconstruct, size, None, 0, args.skip_broken, "--reconstruct")
     args.num = min(args.num or len(data), len(data))
     (keys,) = even_order(len(data), args.num, args.num)
     weights = args.encoder_weights = args.encoder_weights or config.get("encoder_weights")
@@ -314,6 +321,11 @@ def parse_args(argv=None):
     for flag in ("steps", "num", "batch_size", "reuse_body"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    for flag in ("seed", "workers", "cfg", "latent_noise"):
+        if not 0 <= (getattr(args, flag) or 0) < 2**32:
+            raise SystemExit(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more, below 2^32"
+            )
     if not 0 <= args.t_end < 1:
         raise SystemExit(f"--t-end {args.t_end}: expected 0 or more, below 1")
     if args.shift is not None and args.shift <= 0:
@@ -324,6 +336,8 @@ def parse_args(argv=None):
         raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
     if args.reconstruct and (args.cfg or args.npz or args.classes or args.stats):
         raise SystemExit("--reconstruct does not sample: no --cfg, --npz, --classes, --stats with it")
+    if args.latent_noise and not args.reconstruct:
+        raise SystemExit("--latent-noise is for --reconstruct DIR")
     for path, script in ((args.decoder, "rae_decoder_train.py"), (args.flow, "flow_train.py")):
         if not os.path.isfile(path) and not (args.reconstruct and path == args.flow):
             raise SystemExit(f"{path}: no such file; {script} makes it")
