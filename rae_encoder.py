@@ -94,12 +94,11 @@ class ImageData(Dataset):
     """The images below a folder or inside a .tar; classes are the leaf folders in natural order.
 
     Args:
-        root: folder or .tar file.
+        root: folder or .tar file, given by `flag`.
         size: pixels a side of the images that come out.
         augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
         seed: with the epoch and the index it decides every random number of an image.
         skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
-        flag: the one that gave root, for messages.
 
     data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
     Raises SystemExit where there is no such folder or no image in it.
@@ -256,7 +255,6 @@ class Encoder(nn.Module):
     Args:
         name: an alias of ALIASES, or any timm ViT by its full name with tag.
         encoder_size: pixels a side that the ViT sees; default: patch * image_size / 16.
-        image_size: pixels a side of the images, for that default.
         weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
 
     Attributes: width C, grid G, encoder_size, mean and std (3,1,1).
@@ -269,13 +267,10 @@ class Encoder(nn.Module):
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // 16
         if self.encoder_size % patch:
-            raise SystemExit(
-                f"--encoder-size {self.encoder_size}: no multiple of {name}'s patch size {patch}"
-            )
+            raise SystemExit(f"--encoder-size {self.encoder_size}: no multiple of the patch size, {patch}")
         native = self.vit.pos_embed
         self.vit.set_input_size(self.encoder_size)
-        if self.vit.pretrained_cfg.get("tag") == "mae":
-            # Hugging Face's MAE resamples without antialias: timm's way differs by 0.05.
+        if self.vit.pretrained_cfg.get("tag") == "mae":  # timm antialiases, Hugging Face's MAE: 0.05 apart
             grid = self.vit.patch_embed.grid_size
             position = resample_abs_pos_embed(native, grid, num_prefix_tokens=1, antialias=False)
             self.vit.pos_embed = nn.Parameter(position)
@@ -288,8 +283,7 @@ class Encoder(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images):
-        x = images  # (B,3,H,W) in [0,1]
+    def forward(self, x):  # images (B,3,H,W) in [0,1]
         if x.shape[-2:] != (self.encoder_size, self.encoder_size):
             x = F.interpolate(x, size=self.encoder_size, mode="bicubic", align_corners=False)
         tokens = self.vit.forward_features((x - self.mean) / self.std)  # (B, prefix + N, C)
@@ -336,9 +330,8 @@ def load_statistics(path, latent_shape):
     tensors = [file.get(key) is None or torch.is_tensor(file[key]) for key in ("mean", "var")]
     if "mean" not in file or not all(tensors):
         raise SystemExit(f"--stats {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
-    mean, var = file["mean"], file.get("var")
-    mean = torch.zeros(*latent_shape) if mean is None else mean.float()
-    var = torch.ones(*latent_shape) if var is None else var.float()
+    mean = torch.zeros(*latent_shape) if file["mean"] is None else file["mean"].float()
+    var = torch.ones(*latent_shape) if file.get("var") is None else file["var"].float()
     if [*mean.shape] != [*latent_shape] or mean.shape != var.shape:
         raise SystemExit(f"--stats {path}: of latents {[*mean.shape]}, these are {[*latent_shape]}")
     return mean, var
@@ -346,8 +339,8 @@ def load_statistics(path, latent_shape):
 
 def common_parser(description):
     """A parser with the flags of every stage that trains or encodes; defaults are in the scripts' presets."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="demo", help="defaults of all other flags: demo, imagenet256 or imagenet512")
     add("--data", help="folder or .tar of class folders")
@@ -395,12 +388,13 @@ def parse_with_presets(parser, presets, argv):
     args = parser.parse_args(argv)
     if not args.data:
         raise SystemExit(f"--preset {args.preset} needs --data DIR")
-    may_be_0 = "seed workers lr final_lr ema clip noise_tau lpips_weight gan_weight disc_start gan_start"
-    may_be_0 += " warmup_epochs hold_epochs preview_every keep_every"
+    positive = (
+        "image_size encoder_size patch_size batch_size accum epochs steps shift stats_images num width "
+    )
+    positive += "depth heads head_width head_depth head_heads decay_epochs log_every save_every eval_every"
     for flag, value in vars(args).items():
-        least = "0 or more" if flag in may_be_0.split() else "more than 0"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and (not 0 <= value < math.inf or (value == 0 and least != "0 or more")):
+        least = "more than 0" if flag in positive.split() else "0 or more"
+        if isinstance(value, int | float) and not (0 <= value < math.inf and (value or least[0] == "0")):
             raise SystemExit(f"--{flag.replace('_', '-')} {value}: expected {least}")
     if getattr(args, "ema", 0) >= 1:
         raise SystemExit(f"--ema {args.ema}: expected less than 1")

@@ -282,7 +282,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch):
         (dict(name="resnet18", weights="random"), "not a plain ViT"),
         (
             dict(name="test_vit", encoder_size=65, weights="random"),
-            "65: no multiple of test_vit's patch size 16",
+            "65: no multiple of the patch size, 16",
         ),
         (
             dict(name="test_vit", weights=str(tmp_path / "none.pt")),
