@@ -1,7 +1,6 @@
 """Stage 2: shift, times, loss, schedule and step against closed forms; Theorem 1 of the paper."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -387,57 +385,3 @@ def test_the_demos_sizes_are_of_its_own_network():
     assert flow_train.parse_args(["--compile"]).compile is True
     assert flow_train.parse_args(["--no-compile"]).compile is False
     assert flow_train.parse_args([]).compile is None
-
-
-# Killed at any moment
-
-
-KILLED = """
-import os, sys, time
-open("pid" + os.environ.get("RANK", "0"), "w").write(str(os.getpid()))
-sys.path.insert(0, {root!r})
-import torch, flow_train
-step = flow_train.train_step
-def slow(*args):
-    time.sleep(0.02)
-    return step(*args)
-flow_train.train_step = slow
-flow_train.main({flags!r})
-"""
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_runs_end_with_the_same_bits(folder, world):
-    """SIGKILL at random moments, RAE_KILLS of them, of steps slowed to be met; the killed run has a cache."""
-    flags = [*TINY.split(), "--steps", "60", "--save-every", "1"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    root, rng = str(Path(flow_train.__file__).parent), np.random.default_rng(world)
-
-    def start(out, *cache):
-        Path("run.py").write_text(KILLED.format(root=root, flags=[*flags, *cache, "--out", f"runs/{out}"]))
-        command = [sys.executable, *(torchrun if world > 1 else []), "run.py"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-
-    def steps():
-        log = Path("runs/killed/metrics.jsonl")
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    whole = start("whole")
-    said = whole.communicate()[1]
-    assert whole.returncode == 0, said
-    for _ in range(int(os.environ.get("RAE_KILLS", 3 - world))):
-        process, before = start("killed", "--cache-latents"), steps()
-        while process.poll() is None and steps() < before + 5:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        # torchrun first, which would stop its ranks gently.
-        for pid in (process.pid, *(int(Path(f"pid{rank}").read_text()) for rank in range(world))):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    assert 4 < read("runs/killed/last.pt")["step"] < 60
-    process = start("killed", "--cache-latents")
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    assert same_training("whole", "killed")
