@@ -1,5 +1,6 @@
 """Nothing is lost: kills at any moment, signals, full disks, files and flags that are hostile or wrong."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -33,6 +34,7 @@ STAGES = {  # both at a few thousand weights; two steps an epoch, so that the GA
 }
 COMMON = "--batch-size 8 --workers 0 --log-every 1 --save-every 1 --precision fp32"
 # Forks of an interpreter that has imported everything: a run starts at once.
+STARTED = []  # process groups: the workers of a killed run may stay, each with its memory
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # before 3.13 it does not get sys.path otherwise
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*STAGES, "test_faults", "torch.utils.tensorboard"])
@@ -94,6 +96,7 @@ def start(script, world, out, *flags, moment=None):
     ]
     for rank in ranks:
         rank.start()
+    STARTED.extend(rank.pid for rank in ranks)
     return ranks
 
 
@@ -150,6 +153,9 @@ def folder(tmp_path, monkeypatch):
     rae_encoder.draw_demo("data/demo", num=22)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     yield tmp_path
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop(), signal.SIGKILL)
     for number, handler in handlers:
         signal.signal(number, handler)
 
