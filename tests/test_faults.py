@@ -33,8 +33,8 @@ STAGES = {  # both at a few thousand weights; two steps an epoch, so that the GA
     "--head-heads 2",
 }
 COMMON = "--batch-size 8 --workers 0 --log-every 1 --save-every 1 --precision fp32"
-# Forks of an interpreter that has imported everything: a run starts at once.
 STARTED = []  # process groups: the workers of a killed run may stay, each with its memory
+# Forks of an interpreter that has imported everything: a run starts at once.
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # before 3.13 it does not get sys.path otherwise
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*STAGES, "test_faults", "torch.utils.tensorboard"])
