@@ -371,7 +371,8 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cudnn.allow_tf32 = False  # TF32 moves features by 1e-3
     if sys.platform == "linux":  # glibc returns large blocks at every free; new pages cost 15 % of the time
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: keep them
+        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
 
     sets = [ImageSet(args.samples, "samples", None if args.ref else args.crop, args.num)]
     sets += [ImageSet(args.ref, "--ref", args.crop, args.ref_num, spread=True)] if args.ref else []
