@@ -165,6 +165,8 @@ class TimmFeatures(nn.Module):
     def __init__(self, name, weights):
         super().__init__()
         name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
+        if not timm.is_model(name):
+            raise SystemExit(f"--features {name}: no model that timm knows")
         overlay = None if weights == "hub" else dict(file=weights)
         self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
         native = getattr(self.model, "pos_embed", None)

@@ -238,7 +238,7 @@ def save(checkpoint, path):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if os.path.exists(path):
+        if path.endswith("last.pt") and os.path.exists(path):
             os.replace(path, os.path.join(os.path.dirname(path), "previous.pt"))
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -311,6 +311,7 @@ def save_preview(args, checkpoint, step, num_classes):
 
 def main(argv=None):
     args = parse_args(argv)
+    rae_encoder.keep_freed_memory()
     rank, world, device = join_ranks()
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
@@ -427,6 +428,7 @@ def parse_args(argv=None):
     if given.model or given.encoder not in (None, DEMO["encoder"]):  # the demo's sizes are of its own network
         presets = PRESETS | {"demo": PRESETS["demo"] | dict.fromkeys(SIZES)}
     args = rae_encoder.parse_with_presets(parser, presets, argv)
+    args.cache_latents |= args.data == DEMO["data"]  # small, and a third faster
     if args.decay_epochs <= args.hold_epochs:
         raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
     return args

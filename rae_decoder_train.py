@@ -195,10 +195,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        try:
-            self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", weights).requires_grad_(False)
-        except SystemExit as error:
-            raise SystemExit(str(error).replace("--encoder", "--disc")) from None
+        self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", weights, "--disc").requires_grad_(False)
         for block in self.vit.blocks:
             block.mlp.act = nn.GELU("tanh")  # as released
         self.heads = nn.ModuleList(disc_head(self.vit.embed_dim) for _ in range(5))
@@ -411,7 +408,7 @@ def save(checkpoint, path):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if os.path.exists(path):
+        if path.endswith("last.pt") and os.path.exists(path):
             os.replace(path, os.path.join(os.path.dirname(path), "previous.pt"))
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -465,6 +462,7 @@ def build(args, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    rae_encoder.keep_freed_memory()
     rank, world, device = join_ranks()
     if args.data == DEMO["data"] and rank == 0 and not os.path.exists(args.data):
         rae_encoder.draw_demo(args.data)

@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import dit_dh
+import rae_encoder
 from rae_decoder_train import load_decoder
 from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, load_statistics
 
@@ -220,6 +221,7 @@ def open_reconstruction(args, decoder, config, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    rae_encoder.keep_freed_memory()
     rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world, device = max(1, world), torch.device("cpu")
     if torch.cuda.is_available():

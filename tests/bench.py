@@ -11,11 +11,14 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import scipy.linalg
@@ -86,7 +89,7 @@ def autocast(precision):
 
 def training_step(model, loss, precision):
     """-> a function that makes one step of AdamW on loss(model)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
         with autocast(precision):
@@ -129,6 +132,34 @@ def bench_compile(table, quick):
     before = table.add("DiT-DH-S batch 4 bf16 forward", eager, 4, "bf16")
     after = table.add("  compiled", compiled, 4, repeats=0)  # the counter of operations would recompile it
     table.note("  times faster", before / after)
+
+
+def peak_memory(network, batch, recompute):
+    """Bytes that one bf16 training step of L1 takes at most, in a process of its own."""
+    if network.startswith("ViT"):
+        model = rae_decoder_train.Decoder(network, 768, 16, 16, [0.5] * 3, [0.5] * 3)
+        model.recomputes, inputs = recompute, (torch.randn(batch, *LATENT, device=DEVICE),)
+    else:
+        model = dit_dh.build(network, LATENT, CLASSES)
+        model.checkpoint_activations = recompute
+        y = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+        inputs = torch.randn(batch, *LATENT, device=DEVICE), torch.rand(batch, device=DEVICE), y
+    training_step(model.to(DEVICE), lambda m: m(*inputs).abs().mean(), "bf16")()
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_memory(table, quick):
+    """By name alone: DiT-DH-XL takes 16 GB, and minutes on a CPU. Gradients and AdamW's state are in it."""
+    for network in ("DiT-DH-S", "ViT-B") if quick else ("DiT-DH-XL", "ViT-XL"):
+        for recompute in (False, True):
+            few, many = 1, 5
+            with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+                one, five = (pool.submit(peak_memory, network, n, recompute).result() for n in (few, many))
+            name = f"{network} bf16 step{', recomputing' * recompute}"
+            table.note(f"{name}: GB", one / 1e9)
+            table.note("  for each further image: GB", (five - one) / (many - few) / 1e9)
 
 
 def bench_decoder(table, quick):
@@ -220,9 +251,11 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="a JSON line for each row")
     parser.add_argument("--only", choices=benches, help="one part")
     args = parser.parse_args(argv)
-    chosen = [args.only] if args.only else [n for n in benches if n != "compile" or DEVICE.type == "cuda"]
+    by_name = {"memory"} | ({"compile"} if DEVICE.type == "cpu" else set())
+    chosen = [args.only] if args.only else [name for name in benches if name not in by_name]
     if not args.json:
         print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads", file=sys.stderr)
+    rae_encoder.keep_freed_memory()
     torch.manual_seed(0)
     table, size = Table(args.quick, args.json), 8192 if DEVICE.type == "cuda" else 2048
     for precision, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():

@@ -331,7 +331,7 @@ def test_safetensors_wherever_weights_are_read(folder):
         (rae_decoder_train, "--gan-weight -1", "--gan-weight -1.0: expected 0 or more"),
         (rae_decoder_train, "--patch-size 0", "--patch-size 0: expected more than 0"),
         (rae_decoder_train, "--eval-every 0", "--eval-every 0: expected more than 0"),
-        (rae_decoder_train, "--eval-data none", "--eval-data none: no such folder or .tar file"),
+        (rae_decoder_train, "--eval-data none", "--eval-data none: no such folder or .tar"),
         (rae_decoder_train, "--preview-every -1", "--preview-every -1: expected 0 or more"),
         (flow_train, "--epochs inf", "--epochs inf: expected more than 0"),
         (flow_train, "--clip -1", "--clip -1.0: expected 0 or more"),
@@ -343,8 +343,10 @@ def test_safetensors_wherever_weights_are_read(folder):
         (sample, "--reconstruct none --decoder decoder.pt", "--reconstruct none: no such folder"),
         (sample, "--latent-noise 1", "--latent-noise is for --reconstruct"),
         (fid, "--workers -1", "--workers -1: expected 0 or more"),
+        (fid, "data --ref data --features nomodel", "--features nomodel: no model that timm knows"),
         (fid, "--save-stats none/x.npz", "--save-stats none/x.npz: no such folder"),
-        (rae_encoder, "--out file/x.pt", "--out file/x.pt: can't be written"),
+        (rae_encoder, "--out file/x.pt", "--out file/x.pt: not a file in a folder"),
+        (rae_encoder, "--out data", "--out data: not a file in a folder"),
         (sample, f"{SAMPLE} --out file/x", "--out file/x: can't be written"),
         (sample, f"{SAMPLE} --out file", "--out file: can't be written"),
         (sample, f"{SAMPLE} --decoder strange.pt", "strange.pt: neither rae-decoder/1 nor"),
@@ -360,6 +362,13 @@ def test_flags_that_cannot_be_meant(folder, module, flags, line):
     write_flow("flow.pt"), write_decoder("decoder.pt"), Path("file").touch()
     torch.save({"format": "rae-decoder/1", "mean": "text"}, "strange.pt")
     assert message(module.main, *flags.split()).startswith(line)
+
+
+@pytest.mark.parametrize("script", [rae_decoder_train, flow_train])
+def test_a_numbered_copy_written_again_leaves_previous_alone(tmp_path, script):
+    for step, name in ((1, "last"), (2, "last"), (2, "0000002"), (2, "0000002")):
+        script.save({"step": step}, str(tmp_path / f"{name}.pt"))
+    assert read(tmp_path / "previous.pt")["step"] == 1 and read(tmp_path / "0000002.pt")["step"] == 2
 
 
 def test_the_shortest_run_is_one_step(folder):

@@ -594,7 +594,7 @@ def test_errors(files, tmp_path, monkeypatch):
         ([*flags, "--cfg", "2", "--autoguide", "one.pt"], ["--autoguide", "classes"]),
         ([*flags, "--cfg", "2", "--autoguide", "none.pt"], ["none.pt", "o such file"]),
         ([*flags, "--reuse-body", "2", "--flow", "dit.pt"], ["--reuse-body", "DiT-DH"]),
-        ([*decoder, "--reconstruct", "empty"], ["empty", "no folder or .tar with .png"]),
+        ([*decoder, "--reconstruct", "empty"], ["empty", "or no .png"]),
         ([*decoder, "--reconstruct", "nowhere"], ["nowhere", "no such folder"]),
         ([*decoder, "--reconstruct", "empty", "--npz"], ["--reconstruct", "--npz"]),
     ):
