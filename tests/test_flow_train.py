@@ -275,14 +275,19 @@ def test_recomputed_activations_train_alike(folder):
     assert same_training("plain", "less-memory")
 
 
-def test_the_networks_compile_in_one_graph():
+def test_the_networks_compile_once_and_in_one_graph():
     torch._dynamo.reset()
     for name, sizes in (("DiT-DH-S", SMALL), ("DiT-S", dict(width=16, depth=1, heads=2))):
         for recompute in (False, True):
             model = dit_dh.build(name, (8, 2, 2), 3, **sizes).train()
             model.checkpoint_activations = recompute
-            compiled = torch.compile(model, backend="eager", fullgraph=True)  # an error at a graph break
-            compiled(torch.randn(2, 8, 2, 2), torch.rand(2), torch.tensor([0, 1])).sum().backward()
+            model.compile(backend="eager", fullgraph=True)  # an error at a graph break
+            optimizer = torch.optim.AdamW(model.parameters())
+            args = argparse.Namespace(time_dist="uniform", accum=2, precision="bf16", clip=1.0)
+            for step in range(3):
+                with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                    x, y = torch.randn(4, 8, 2, 2), torch.randint(3, (4,))
+                    flow_train.train_step(model, optimizer, x, y, args, 1.0)
 
 
 # What can go wrong

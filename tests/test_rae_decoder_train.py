@@ -456,6 +456,20 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_the_blocks_compile_once_and_in_one_graph():
+    torch._dynamo.reset()
+    for recomputes in (False, True):
+        decoder = random_decoder().train()
+        decoder.recomputes = recomputes
+        for block in decoder.decoder_layers:
+            block.compile(backend="eager", fullgraph=True)  # an error at a graph break
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
+                args = step_args(accum=2, precision="bf16")
+                decoder_step(decoder, squared, None, sgd(decoder), images, z, args)
+
+
 def run(*flags):
     """The script in this process, on eight images a step, without LPIPS."""
     common = "--batch-size 8 --lpips-weight 0 --workers 0 --preview-every 0 --save-every 1 --precision fp32"

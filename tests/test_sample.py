@@ -237,6 +237,21 @@ def test_reused_body():
         assert bodies == [(1.0, 2), (0.5, 4), (0.1667, 2)]
 
 
+def test_only_the_first_batch_compiles():
+    """Body and head, plain and doubled by guidance; a last batch that is not full takes what is there."""
+    torch._dynamo.reset()
+    network = dit_dh.build("DiT-DH-S", SHAPE, CLASSES, **BODY_AND_HEAD).eval()
+    for block in network.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    guidance = dict(scale=2.0, interval=(0.3, 0.6), null=3)
+    for first, size in ((True, 6), (False, 6), (False, 4)):
+        x, y = torch.randn(size, *SHAPE), torch.zeros(size, dtype=torch.long)
+        function = sample.as_function(network, {1.0})
+        velocity = lambda x, t, y=y, f=function: sample.guided_velocity(x, t, y, f, **guidance)  # noqa: E731
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=not first):
+            sample.sample_latents(velocity, x, sample.time_grid(6, 1.0))
+
+
 # Images: noise, labels, the whole command against its parts
 
 
