@@ -246,17 +246,14 @@ def save(checkpoint, path):
 
 
 def resume(args, config, **state):
-    """Loads --resume, or the last checkpoint in the run folder, into `state`; returns it, or {"step": 0}."""
+    """Loads --resume, or the run folder's last checkpoint, into `state`; returns it, or {"step": 0}."""
     last, previous = (os.path.join(args.out, name) for name in ("last.pt", "previous.pt"))
     # A kill between the two renames of save leaves only previous.pt.
     source = args.resume or next(filter(os.path.exists, (last, previous)), None)
     if not source:
         return {"step": 0}
     hint = f"; --resume {previous} goes on from the one before" * os.path.exists(previous)
-    try:
-        checkpoint = read_weights(source)
-    except SystemExit as error:
-        raise SystemExit(f"{error}{hint}") from None
+    checkpoint = read_weights(source, hint)
     if checkpoint.get("format") != "rae-flow/1" or not checkpoint.keys() >= {"config", "step", "model"}:
         raise SystemExit(f"--resume {source}: not a rae-flow/1 checkpoint{hint}")
     for key, value in config.items():

@@ -418,18 +418,16 @@ def save(checkpoint, path):
 def resume(args, config, **state):
     """Loads --resume, or the run folder's last checkpoint, into `state`; returns it, or {"step": 0}."""
     last, previous = (os.path.join(args.out, name) for name in ("last.pt", "previous.pt"))
+    # A kill between the two renames of save leaves only previous.pt.
     source = args.resume or next(filter(os.path.exists, (last, previous)), None)
     if not source:
         return {"step": 0}
-    way_out = f"--resume {previous}, the one before" if os.path.exists(previous) else "another --out"
-    try:
-        checkpoint = read_weights(source)
-    except SystemExit as error:
-        raise SystemExit(f"{error}; {way_out}") from None
+    hint = f"; --resume {previous} goes on from the one before" * os.path.exists(previous)
+    checkpoint = read_weights(source, hint)
     if checkpoint.get("format") != "rae-decoder/1" or not checkpoint.keys() >= {"config", "step", "model"}:
-        raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint; {way_out}")
+        raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint{hint}")
     for key, value in config.items():
-        if (was := checkpoint["config"].get(key, value)) != value:
+        if (was := checkpoint["config"].get(key)) != value:
             raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
     for name, owner in state.items():
         owner.load_state_dict(checkpoint[name])

@@ -309,16 +309,16 @@ def latent_statistics(encoder, data, num, batch_size, precision="bf16", workers=
     return mean.float(), (square - mean.square()).float()
 
 
-def read_weights(path):
+def read_weights(path, hint=""):
     """The dict in a .safetensors or .pt file, read without running code. Raises SystemExit for others."""
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file") from None
+        raise SystemExit(f"{path}: no such file{hint}") from None
     except Exception as error:  # torch and safetensors raise many kinds
-        raise SystemExit(f"{path}: not a weights file ({type(error).__name__})") from None
+        raise SystemExit(f"{path}: not a weights file ({type(error).__name__}){hint}") from None
 
 
 def load_statistics(path, latent_shape):

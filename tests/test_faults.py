@@ -45,9 +45,9 @@ def narrow():
     rae_decoder_train.DECODERS["ViT-mini"] = (16, 2, 2, 24)
     load_vit, small = rae_encoder.load_vit, dict(patch_size=32, embed_dim=12, num_heads=2, num_classes=0)
 
-    def load_small(name, weights):
+    def load_small(name, weights, *flag):
         if "dino" not in name:
-            return load_vit(name, weights)
+            return load_vit(name, weights, *flag)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return timm.create_model(name, pretrained=False, **small).eval()

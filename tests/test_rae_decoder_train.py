@@ -386,7 +386,7 @@ def test_augmentation_agrees_with_a_naive_one():
 def small_dino(monkeypatch):
     """DINO's ViT, 784 tokens and 12 blocks, but 12 channels wide."""
 
-    def load_vit(name, weights):
+    def load_vit(name, weights, *_):
         torch.manual_seed(0)
         return timm.create_model(name, pretrained=False, num_classes=0, embed_dim=12, num_heads=2).eval()
 
