@@ -303,7 +303,7 @@ def save_preview(args, checkpoint, step, num_classes):
     command = [sys.executable, sampler, "--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
     command += ["--num", str(4 * min(num_classes, 10))]
     if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
-        print(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
+        tqdm.write(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
 
 
 def main(argv=None):
@@ -369,7 +369,7 @@ def main(argv=None):
                 torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - args.ema)
         else:
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            print(f"step {step} skipped: loss {loss:.3g}, gradient norm {norm:.3g}", file=sys.stderr)
+            tqdm.write(f"step {step} skipped: loss {loss:.3g}, gradient norm {norm:.3g}", file=sys.stderr)
             if skipped_in_a_row == 10:
                 raise SystemExit(f"10 steps in a row not finite; from {last} on: fp32, or a lower --lr")
         progress.update()

@@ -358,7 +358,7 @@ def save_preview(path, decoder, encoder, images):
     try:
         Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
     except OSError as error:
-        print(f"{path}: no preview ({error}); training goes on", file=sys.stderr)
+        tqdm.write(f"{path}: no preview ({error}); training goes on", file=sys.stderr)
 
 
 def join_ranks():
