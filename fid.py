@@ -168,7 +168,8 @@ class TimmFeatures(nn.Module):
         if not timm.is_model(name):
             raise SystemExit(f"--features {name}: no model that timm knows")
         overlay = None if weights == "hub" else dict(file=weights)
-        self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+        self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        self.model.reset_classifier(0)  # not earlier: without its classifier timm takes any file
         native = getattr(self.model, "pos_embed", None)
         if hasattr(self.model, "set_input_size"):
             self.model.set_input_size(224)
@@ -176,7 +177,7 @@ class TimmFeatures(nn.Module):
             grid = native[:, 1:].unflatten(1, (37, 37)).movedim(3, 1)  # (1,C,37,37)
             grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # to 16 x 16
             self.model.pos_embed.data = torch.cat([native[:, :1], grid.flatten(2).mT], 1)
-        self.width = self.eval().model.num_features
+        self.width = self.eval().model.head_hidden_size
 
     def forward(self, images):
         x = F.interpolate(images.float(), (224, 224), mode="bicubic", align_corners=False, antialias=True)
@@ -303,7 +304,8 @@ class ImageSet(Dataset):
             if self.shape not in (None, pixels.shape):
                 raise ValueError(f"{[*pixels.shape]}, unlike {self.items[0][0]} {[*self.shape]}; see --crop")
         except Exception as error:
-            raise ValueError(" ".join(f"{name}: {error}".split())) from None
+            reason = str(error).split(" <_io")[0]  # Pillow's name for bytes in memory
+            raise ValueError(" ".join(f"{name}: {reason}".split())) from None
         return pixels
 
 
@@ -349,8 +351,9 @@ def parse_args(argv=None):
     for flag, least in dict(num=1, ref_num=1, crop=1, batch_size=1, workers=0).items():
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {least} or more")
-    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
-        raise SystemExit(f"--save-stats {args.save_stats}: no such folder")
+    folder, name = os.path.split(args.save_stats or "x.npz")
+    if not os.path.isdir(folder or ".") or not name.endswith(".npz"):
+        raise SystemExit(f"--save-stats {args.save_stats}: expected an .npz in a folder that is there")
     return args
 
 
@@ -386,6 +389,9 @@ def main(argv=None):
         network.to(device)
     if len(set(made_by.values())) > 1:
         raise SystemExit("not comparable: " + ", ".join(f"{name} is by {by}" for name, by in made_by.items()))
+    widths = {len(s.mu) for s in sets if s.mu is not None} | ({network.width} if network else set())
+    if len(widths) > 1:
+        raise SystemExit(f"{', '.join(s.name for s in sets)}: not comparable, features of widths {widths}")
     counts = [len(s) if s.mu is None or s.features is not None else None for s in sets] + [None]
     about = dict(samples=args.samples, num=counts[0], ref=args.ref, ref_num=counts[1])
     about["by"] = next(iter(made_by.values()), "unknown")
@@ -405,8 +411,6 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank > 0:
         return
-    if samples.mu.shape != reference.mu.shape:
-        raise SystemExit(f"{samples.name}, {reference.name}: statistics of different networks")
     if "fid" in metrics:
         results["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
     if "is" in metrics:

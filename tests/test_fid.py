@@ -432,6 +432,24 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
+def test_timm_features(tmp_path, name):
+    """What the model computes of Pillow's resized image; the first has more features than its last block."""
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "model.pth")
+    network = fid.TimmFeatures(name, str(tmp_path / "model.pth"))
+    image = np.random.default_rng(0).integers(60, 196, (300, 320, 3), dtype=np.uint8)  # stays in [0,255]
+    seen = []
+    network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        features = network(torch.from_numpy(image).permute(2, 0, 1)[None])
+    assert features.shape == (1, network.width)
+    small = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC), np.float32)
+    config = timm.get_pretrained_cfg(name)
+    expected = (small / 255 - np.float32(config.mean)) / np.float32(config.std)
+    differ = np.abs(seen[0][0].permute(1, 2, 0).numpy() - expected) * np.float32(config.std) * 255
+    assert differ.max() < 1.01 and (differ > 0.01).mean() < 0.3  # Pillow rounds after each axis, we once
+
+
 @pytest.fixture(scope="module")
 def bad(place):
     """Inputs that can't be used, by name."""
@@ -468,7 +486,7 @@ def bad(place):
         ("nowhere", "", "No such file"),
         ("empty", "", "0 images, at least 2"),
         ("one", "", "1 images, at least 2"),
-        ("broken", "", "y.png: cannot identify"),
+        ("broken", "", "y.png: cannot identify image file$"),
         ("broken", "--workers 1", "y.png: cannot identify"),
         ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
         ("junk.npz", "", "junk.npz"),
@@ -477,14 +495,17 @@ def bad(place):
         ("half.npz", "", "0 images, at least 2"),
         ("floats.npz", "", "float64"),
         ("packed.npz", "", "compressed"),
-        ("a", "--ref small.npz", "different networks"),
+        ("a", "--ref small.npz", "not comparable, features of widths {"),
+        ("a", "--features-weights wrong.pth", "Missing key"),
+        ("a", "--save-stats nowhere/x.npz", "expected an .npz in a folder"),
+        ("a", "--save-stats x", "expected an .npz in a folder"),
         ("small.npz", "--ref other.npz --metrics is", "allow fid"),
         ("other.npz", "", "not comparable"),
         ("a", "--metrics fid,kid", "--metrics fid,kid"),
         ("a", "--num 0", "--num 0: expected 1 or more"),
         ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("lone.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
-        ("a", "--features no_such_model", "Unknown model"),
+        ("a", "--features no_such_model", "no model that timm knows"),
         ("a", "--features-weights no.pth", "No such file"),
         ("a", "--features= --inception-weights wrong.pth", "Missing key.*Conv2d_1a_3x3.conv.weight"),
     ],
