@@ -98,28 +98,28 @@ def test_state_dict_is_torchvisions():
 
 @pytest.mark.parametrize("size", [(20, 31), (400, 310)])
 def test_network_inputs(size):
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).permute(
-        2, 0, 1
-    )
-    # TensorFlow 1: each output pixel from four neighbours of index * in/out
-    x, expected = np.asarray(image, np.float64), np.empty((3, 299, 299))
-    for row in range(299):
-        for column in range(299):
-            (i, a), (j, b) = (divmod(k * n / 299, 1) for k, n in ((row, size[0]), (column, size[1])))
-            i, j, i1, j1 = int(i), int(j), min(int(i) + 1, size[0] - 1), min(int(j) + 1, size[1] - 1)
-            top = x[:, i, j] * (1 - b) + x[:, i, j1] * b
-            expected[:, row, column] = top * (1 - a) + (x[:, i1, j] * (1 - b) + x[:, i1, j1] * b) * a
-    adm, clean = (
-        fid.inception_input(image[None], protocol)[0].numpy() * 128 + 128 for protocol in ("adm", "clean")
-    )
-    np.testing.assert_allclose(
-        adm, expected, atol=2e-2
-    )  # fp32 positions: 1e-5 of a pixel, up to 255 levels a pixel
-    pillow = [
-        Image.fromarray(channel.astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
-        for channel in x
-    ]
-    np.testing.assert_allclose(clean, np.clip(pillow, 0, 255), atol=1e-4)
+    array = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)
+
+    def bilinear(source):
+        """Each output pixel from the four neighbours of its source; places outside repeat the edge."""
+        x, result = array.astype(np.float64), np.empty((3, 299, 299))
+        for row in range(299):
+            for column in range(299):
+                (i, a), (j, b) = (divmod(source(k, n), 1) for k, n in ((row, size[0]), (column, size[1])))
+                i, j, i1, j1 = int(i), int(j), min(int(i) + 1, size[0] - 1), min(int(j) + 1, size[1] - 1)
+                top = x[:, i, j] * (1 - b) + x[:, i, j1] * b
+                result[:, row, column] = top * (1 - a) + (x[:, i1, j] * (1 - b) + x[:, i1, j1] * b) * a
+        return result
+
+    found = {p: fid.inception_input(torch.from_numpy(array)[None], p)[0].double().numpy() for p in PEERS}
+    # fp32 positions are off by 1e-5 of a pixel, at up to 255 levels a pixel
+    adm = bilinear(lambda k, n: k * n / 299)  # TensorFlow 1
+    np.testing.assert_allclose(found["adm"] * 128 + 128, adm, atol=2e-2)
+    half_pixel = bilinear(lambda k, n: max((k + 0.5) * n / 299 - 0.5, 0))  # torch
+    np.testing.assert_allclose((found["pytorch-fid"] + 1) * 127.5, half_pixel, atol=2e-2)
+    floats = [Image.fromarray(channel.astype(np.float32)) for channel in array]
+    pillow = [image.resize((299, 299), Image.Resampling.BICUBIC) for image in floats]
+    np.testing.assert_allclose(found["clean"] * 128 + 128, np.clip(pillow, 0, 255), atol=1e-4)
 
 
 def random_moments(dimension, count, seed):
@@ -140,6 +140,7 @@ def test_frechet_distance():
     assert fid.frechet_distance(np.zeros(8), 4 * np.eye(8), np.ones(8), 9 * np.eye(8)) == pytest.approx(
         16, rel=1e-12
     )
+    assert np.isnan(fid.frechet_distance(np.full(8, np.nan), np.eye(8), np.ones(8), np.eye(8)))  # not 0
     for count in (3, 40, 500):  # singular ones too
         mu, sigma = random_moments(64, count, 2)
         assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma) <= 1e-6 * np.trace(sigma)
@@ -159,11 +160,15 @@ def test_inception_score():
     # splits of 8, 8 and 4, the first of one class alone
     order = torch.cat([certain[::4][:8].repeat(2, 1)[:8], certain[:12]])
     assert fid.inception_score(order, torch.eye(4), split_size=8) == pytest.approx((1 + 4 + 4) / 3)
+    ends_in_one_class = torch.cat([certain.repeat(250, 1), certain[:1].repeat(1000, 1)])  # 5,000 and 1,000
+    assert fid.inception_score(ends_in_one_class, torch.eye(4)) == pytest.approx((4 + 1) / 2)
 
 
-def test_precision_recall_by_loops():
+@pytest.mark.parametrize("digits", [9, 0])
+def test_precision_recall_by_loops(digits):
+    """Whole numbers have points at the very radius, and points that lie on others."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(37, 3)), rng.normal(1, 0.8, (29, 3))
+    a, b = rng.normal(size=(37, 3)).round(digits), rng.normal(1, 0.8, (29, 3)).round(digits)
 
     def share_inside(points, centres):
         radius = [
