@@ -1,5 +1,6 @@
 """fid.py against slow formulas, Pillow, scipy, torchvision, and the numbers of the programs it replaces."""
 
+import hashlib
 import io
 import json
 import os
@@ -66,6 +67,10 @@ def weights():
     return state
 
 
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
 def run(capsys, *argv):
     """The JSON line of the command."""
     fid.main([str(word) for word in argv] + ["--json", "--workers", "0"])
@@ -85,7 +90,10 @@ def test_numbers_of_the_programs_it_replaces(place, capsys, protocol):
     expected, first_features = PEERS[protocol]
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     np.testing.assert_allclose(np.load(stats)["features"][0, :2], first_features, rtol=1e-4)
-    assert f"{protocol} inception" in found["by"] and (found["num"], found["ref_num"]) == (12, 10)
+    assert found["by"] == f"{protocol} inception {digest(place / 'inception.pth')}" and (
+        found["num"],
+        found["ref_num"],
+    ) == (12, 10)
 
 
 def test_state_dict_is_torchvisions():
@@ -94,6 +102,8 @@ def test_state_dict_is_torchvisions():
     ).state_dict()
     ours = fid.Inception().state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    again = fid.Inception().state_dict()  # random, but seeded
+    assert all(torch.equal(ours[k], again[k]) for k in ours if k != "fc.bias")  # that one is not used
 
 
 @pytest.mark.parametrize("size", [(20, 31), (400, 310)])
@@ -201,6 +211,11 @@ def test_sources_hold_the_same_images(place, tmp_path):
     first = fid.ImageSet(str(place / "a"), "", num=3)
     spread = fid.ImageSet(str(place / "a"), "", num=3, spread=True)
     assert [images.items for images in (first, spread)] == [folder.items[:3], folder.items[::4]]
+    spread = fid.ImageSet(str(place / "a"), "", num=5, spread=True)
+    assert spread.items == [folder.items[i] for i in (0, 2, 4, 7, 9)]
+    for name in ("9.png", "b.png", "10.png"):  # by characters, as in the other programs
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [item[0] for item in fid.ImageSet(str(tmp_path), "").items] == ["10.png", "9.png", "b.png"]
 
 
 def test_any_image_becomes_rgb(tmp_path):
@@ -212,7 +227,11 @@ def test_any_image_becomes_rgb(tmp_path):
     turned[0x0112] = 6  # stored a quarter turn anticlockwise
     cases = {
         "grey": (Image.fromarray(grey), {}, np.dstack([grey] * 3)),
-        "deep": (Image.fromarray(grey.astype(np.uint16) * 257), {}, np.dstack([grey] * 3)),
+        "deep": (
+            Image.fromarray(grey.astype(np.uint16) * 257 - grey // 2),
+            {},
+            np.dstack([grey] * 3),
+        ),
         "clear": (Image.fromarray(clear), {}, np.full_like(rgb, 255)),
         "half": (Image.fromarray(half), {}, (rgb * (128 / 255) + 127).round()),
         "palette": (
@@ -225,7 +244,7 @@ def test_any_image_becomes_rgb(tmp_path):
     for name, (image, options, expected) in cases.items():
         image.save(tmp_path / f"{name}.png", **options)
         with Image.open(tmp_path / f"{name}.png") as image:
-            np.testing.assert_allclose(fid.to_rgb(image), expected, atol=1, err_msg=name)
+            np.testing.assert_allclose(fid.to_rgb(image), expected, atol=name == "half", err_msg=name)
     cmyk = Image.fromarray(np.full((8, 8, 4), (0, 255, 255, 0), np.uint8), "CMYK")
     assert fid.to_rgb(cmyk).getpixel((0, 0)) == (255, 0, 0)
 
@@ -236,7 +255,8 @@ def test_centre_crop_is_adms():
     np.testing.assert_allclose(
         fid.to_rgb(Image.fromarray(x), 16), halves[:, 9:25], atol=1
     )  # rounded once an axis
-    assert fid.to_rgb(Image.fromarray(x), 20).size == (20, 20)
+    resized = Image.fromarray(x).resize((44, 20), Image.Resampling.BICUBIC)  # 70 * 20 / 32 = 43.75
+    assert np.array_equal(fid.to_rgb(Image.fromarray(x), 20), np.asarray(resized)[:, 12:32])
     assert np.array_equal(fid.to_rgb(Image.fromarray(x[:, :32]), 32), x[:, :32])
 
 
@@ -256,7 +276,7 @@ def test_crop_is_the_references(place, capsys, tmp_path):
 def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
     saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
-    assert saved["ref"] is None and "test_vit" in saved["by"]
+    assert saved["ref"] is None and saved["by"] == f"224px test_vit {digest(place / 'test_vit.pth')}"
     found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz")
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
     # a reference batch as ADM's: FID by mu and sigma, here shifted by 1, precision and recall by the images
@@ -264,10 +284,16 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     stats = np.load(tmp_path / "b.npz")
     np.savez(tmp_path / "adm.npz", array, mu=stats["mu"] + 1, sigma=stats["sigma"])
     found = run_timm(capsys, place, place / "b", "--ref", tmp_path / "adm.npz")
-    assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5) and (found["prec"], found["rec"]) == (
-        1,
-        1,
-    )
+    assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5)
+    assert (found["prec"], found["rec"]) == (1, 1)
+    # some of the images only: statistics of all do not stand for them
+    np.savez(tmp_path / "all.npz", array, mu=stats["mu"], sigma=stats["sigma"], features=stats["features"])
+    np.savez(tmp_path / "first.npz", array[:4])
+    np.savez(tmp_path / "spread.npz", array[[0, 2, 5, 7]])
+    options = [tmp_path / "all.npz", "--ref", tmp_path / "all.npz", "--num", 4, "--ref-num", 4]
+    found = run_timm(capsys, place, *options)
+    expected = run_timm(capsys, place, tmp_path / "first.npz", "--ref", tmp_path / "spread.npz")
+    assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
 
 
 def test_two_processes_and_batch_sizes_agree(place, capsys):
@@ -427,7 +453,7 @@ def test_hostile_images(tmp_path):
     assert fid.ImageSet(str(folder), "", crop=32)[1].shape == (3, 32, 32)  # 1 x 1, scaled up
 
 
-def test_download_checks_the_hash(tmp_path, monkeypatch):
+def test_download_checks_the_hash(place, tmp_path, monkeypatch):
     """The released file's name ends in the first digits of its SHA-256: any other content is refused."""
     torch.save({"weight": torch.zeros(2)}, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
     monkeypatch.setattr(fid, "HUB_URL", (tmp_path / "pt_inception-2015-12-05-6726825d.pth").as_uri())
@@ -435,6 +461,14 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="invalid hash value"):
         fid.load_network(fid.parse_args(["a", "--ref", "b"]))
     assert not list((tmp_path / "hub").rglob("*.pth"))
+    released = tmp_path / f"inception-{digest(place / 'inception.pth')}.pth"
+    released.symlink_to(place / "inception.pth")
+    monkeypatch.setattr(fid, "HUB_URL", released.as_uri())
+    fetched, copied = (
+        fid.load_network(fid.parse_args(["a", "--ref", "b", "--inception-weights", weights]))[1]
+        for weights in ("hub", str(released))
+    )
+    assert fetched == copied == f"adm inception {digest(released)}"
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
@@ -478,7 +512,7 @@ def bad(place):
     np.savez(place / "small.npz", mu=zeros, sigma=one)
     np.savez(place / "nomu.npz", mu=zeros, sigma=one, features=one[:, :3])
     np.savez(place / "lone.npz", mu=zeros)
-    np.savez(place / "other.npz", mu=zeros, sigma=one, made_by="clean inception 6726825d")
+    np.savez(place / "other.npz", mu=np.zeros(64), sigma=np.eye(64), made_by="clean inception 6726825d")
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
     torch.save({"weight": torch.zeros(2)}, place / "wrong.pth")
@@ -505,7 +539,7 @@ def bad(place):
         ("a", "--save-stats nowhere/x.npz", "expected an .npz in a folder"),
         ("a", "--save-stats x", "expected an .npz in a folder"),
         ("small.npz", "--ref other.npz --metrics is", "allow fid"),
-        ("other.npz", "", "not comparable"),
+        ("other.npz", "", "not comparable: samples other.npz is by clean inception 6726825d, this run"),
         ("a", "--metrics fid,kid", "--metrics fid,kid"),
         ("a", "--num 0", "--num 0: expected 1 or more"),
         ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
