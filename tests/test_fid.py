@@ -282,6 +282,9 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     # a reference batch as ADM's: FID by mu and sigma, here shifted by 1, precision and recall by the images
     array = np.stack([np.asarray(Image.open(path)) for path in sorted((place / "b").rglob("*.png"))])
     stats = np.load(tmp_path / "b.npz")
+    assert stats["made_by"] == saved["by"]
+    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz", "--metrics", "prec,rec")
+    assert "fid" not in found and found["rec"] == expected["rec"]
     np.savez(tmp_path / "adm.npz", array, mu=stats["mu"] + 1, sigma=stats["sigma"])
     found = run_timm(capsys, place, place / "b", "--ref", tmp_path / "adm.npz")
     assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5)
@@ -312,11 +315,14 @@ def test_the_demo_is_what_runs_without_a_reference(capsys, place):
     demo, real = fid.parse_args(["x"]), fid.parse_args(["x", "--ref", "y"])
     assert (demo.ref, demo.inception_weights, demo.num, demo.ref_num) == ("data/demo", "random", 400, 400)
     assert (real.ref, real.inception_weights, real.num, real.ref_num) == ("y", "hub", None, None)
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it
     fid.main(
         [str(place / "a"), "--ref", str(place / "b"), "--inception-weights=random", "--num=2", "--ref-num=2"]
     )
+    assert not torch.backends.cudnn.allow_tf32
     out = capsys.readouterr()
-    assert "compare with nothing" in out.err.splitlines()[0] and out.out.startswith("fid ")
+    assert "compare with nothing" in out.err.splitlines()[0] and "FID of fewer than 2048" in out.err
+    assert out.out.startswith("fid ")
 
 
 def test_position_embedding_as_dinov2s_authors_resize_it(tmp_path):
@@ -506,7 +512,9 @@ def bad(place):
     Image.new("RGB", (32, 48)).save(place / "sizes" / "y.png")
     (place / "junk.npz").write_bytes(b"no zip")
     zeros, one = np.zeros(4), np.eye(4)
-    np.savez(place / "nan.npz", mu=zeros * np.nan, sigma=one)
+    good = dict(mu=zeros, sigma=one, features=one)
+    for key in good:
+        np.savez(place / f"nan_{key}.npz", **good | {key: good[key] * np.nan})
     np.savez(place / "shapes.npz", mu=zeros, sigma=one[:3])
     np.savez(place / "half.npz", sigma=one)
     np.savez(place / "small.npz", mu=zeros, sigma=one)
@@ -529,7 +537,9 @@ def bad(place):
         ("broken", "--workers 1", "y.png: cannot identify"),
         ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
         ("junk.npz", "", "junk.npz"),
-        ("nan.npz", "", "not finite"),
+        ("nan_mu.npz", "", "not finite"),
+        ("nan_sigma.npz", "", "not finite"),
+        ("nan_features.npz", "", "not finite"),
         ("shapes.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("half.npz", "", "0 images, at least 2"),
         ("floats.npz", "", "float64"),
@@ -542,6 +552,7 @@ def bad(place):
         ("other.npz", "", "not comparable: samples other.npz is by clean inception 6726825d, this run"),
         ("a", "--metrics fid,kid", "--metrics fid,kid"),
         ("a", "--num 0", "--num 0: expected 1 or more"),
+        ("a", "--num 3 --metrics prec", r"--metrics prec: these sets allow fid \("),
         ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("lone.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("a", "--features no_such_model", "no model that timm knows"),
