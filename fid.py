@@ -26,7 +26,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -115,7 +114,7 @@ def inception_input(images, protocol):
 
 def padding_not_counted(_module, inputs):
     """torchvision's averages of 3 x 3 pixels count the zeros around the image, TensorFlow's do not."""
-    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
+    return inputs[0].div_(F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1))
 
 
 class LastBlock(InceptionE):
@@ -164,6 +163,8 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, name, weights):
         super().__init__()
+        import timm  # a second that Inception does not wait for
+
         name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
         if not timm.is_model(name):
             raise SystemExit(f"--features {name}: no model that timm knows")
