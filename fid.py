@@ -423,6 +423,7 @@ def main(argv=None):
         with open(args.save_stats + ".tmp", "wb") as file:
             np.savez(file, made_by=about["by"], **{key: a for key, a in arrays.items() if a is not None})
         os.replace(args.save_stats + ".tmp", args.save_stats)
+    results = {key: results[key] for key in metrics}
     print(json.dumps(results | about) if args.json else "\n".join(f"{k} {v:.6g}" for k, v in results.items()))
 
 

@@ -283,8 +283,8 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     array = np.stack([np.asarray(Image.open(path)) for path in sorted((place / "b").rglob("*.png"))])
     stats = np.load(tmp_path / "b.npz")
     assert stats["made_by"] == saved["by"]
-    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz", "--metrics", "prec,rec")
-    assert "fid" not in found and found["rec"] == expected["rec"]
+    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz", "--metrics", "rec")
+    assert not {"fid", "prec"} & found.keys() and found["rec"] == expected["rec"]
     np.savez(tmp_path / "adm.npz", array, mu=stats["mu"] + 1, sigma=stats["sigma"])
     found = run_timm(capsys, place, place / "b", "--ref", tmp_path / "adm.npz")
     assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5)
