@@ -344,7 +344,7 @@ def test_safetensors_wherever_weights_are_read(folder):
         (sample, "--latent-noise 1", "--latent-noise is for --reconstruct"),
         (fid, "--workers -1", "--workers -1: expected 0 or more"),
         (fid, "data --ref data --features nomodel", "--features nomodel: no model that timm knows"),
-        (fid, "--save-stats none/x.npz", "--save-stats none/x.npz: no such folder"),
+        (fid, "--save-stats none/x.npz", "--save-stats none/x.npz: expected an .npz in a folder"),
         (rae_encoder, "--out file/x.pt", "--out file/x.pt: not a file in a folder"),
         (rae_encoder, "--out data", "--out data: not a file in a folder"),
         (sample, f"{SAMPLE} --out file/x", "--out file/x: can't be written"),
