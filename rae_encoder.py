@@ -413,8 +413,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     keep_freed_memory()
-    defaults = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    rank, world, local = (int(os.environ.get(key, value)) for key, value in defaults.items())
+    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    world = max(1, world)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = args.num or len(data)

@@ -320,14 +320,11 @@ def parse_args(argv=None):
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[given.preset] | (dict(num=None) if given.reconstruct else {}))
     args = parser.parse_args(argv)
-    for flag in ("steps", "num", "batch_size", "reuse_body"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
-    for flag in ("seed", "workers", "cfg", "latent_noise"):
-        if not 0 <= (getattr(args, flag) or 0) < 2**32:
-            raise SystemExit(
-                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more, below 2^32"
-            )
+    bounds = dict(steps=1, num=1, batch_size=1, reuse_body=1, seed=0, workers=0, cfg=0, latent_noise=0)
+    for flag, least in bounds.items():
+        value = getattr(args, flag)
+        if value is not None and not least <= value < 2**32:
+            raise SystemExit(f"--{flag.replace('_', '-')} {value}: expected {least} or more, below 2^32")
     if not 0 <= args.t_end < 1:
         raise SystemExit(f"--t-end {args.t_end}: expected 0 or more, below 1")
     if args.shift is not None and args.shift <= 0:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import equal, message, read
 from safetensors.torch import save_file
 from test_sample import write_decoder, write_flow
 
@@ -120,18 +121,6 @@ def wait_for_steps(ranks, out, count):
         time.sleep(0.01)
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def same_training(a, b):
     """All that two run folders' checkpoints hold is equal, but for the flags --out and --workers."""
     a, b = (read(f"runs/{out}/last.pt") for out in (a, b))
@@ -139,25 +128,13 @@ def same_training(a, b):
     return {"model", "ema", "optimizer", "step"} < a.keys() and equal(a, b)
 
 
-def message(main, *flags):
-    with pytest.raises(SystemExit) as error:
-        main([str(flag) for flag in flags])
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with 22 images of the demo; signals are given back to pytest afterwards."""
-    monkeypatch.chdir(tmp_path)
-    rae_encoder.draw_demo("data/demo", num=22)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield tmp_path
+def folder(folder):
+    """As elsewhere; what a test has started is gone at its end."""
+    yield folder
     while STARTED:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(STARTED.pop(), signal.SIGKILL)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 # Kills and signals
@@ -280,7 +257,7 @@ def test_no_file_of_weights_can_run_code(folder, module, flags):
     Path("false.safetensors").write_bytes(pickle.dumps(Malicious()))
     common = {sample: SAMPLE, fid: FID}.get(module, TRAIN.get(module.__name__, ""))
     for file in ("new.pt", "old.pt", "false.safetensors"):
-        said = message(module.main, *f"{common} {flags.replace('FILE', file)}".split())
+        said = message(module.main, f"{common} {flags.replace('FILE', file)}".split())
         assert file in said and not Path("hacked").exists()
     torch.load("new.pt", weights_only=False)
     assert Path("hacked").exists()  # it would have
@@ -361,7 +338,7 @@ def test_safetensors_wherever_weights_are_read(folder):
 def test_flags_that_cannot_be_meant(folder, module, flags, line):
     write_flow("flow.pt"), write_decoder("decoder.pt"), Path("file").touch()
     torch.save({"format": "rae-decoder/1", "mean": "text"}, "strange.pt")
-    assert message(module.main, *flags.split()).startswith(line)
+    assert message(module.main, flags.split()).startswith(line)
 
 
 @pytest.mark.parametrize("script", [rae_decoder_train, flow_train])

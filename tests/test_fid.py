@@ -90,10 +90,8 @@ def test_numbers_of_the_programs_it_replaces(place, capsys, protocol):
     expected, first_features = PEERS[protocol]
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     np.testing.assert_allclose(np.load(stats)["features"][0, :2], first_features, rtol=1e-4)
-    assert found["by"] == f"{protocol} inception {digest(place / 'inception.pth')}" and (
-        found["num"],
-        found["ref_num"],
-    ) == (12, 10)
+    assert found["by"] == f"{protocol} inception {digest(place / 'inception.pth')}"
+    assert (found["num"], found["ref_num"]) == (12, 10)
 
 
 def test_state_dict_is_torchvisions():
@@ -392,6 +390,7 @@ def npy(header, data=b""):
         "{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 0, 8, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (0, 8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': True, 'shape': (4, 8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': ()}",

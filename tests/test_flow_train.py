@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import equal, message, read
 
 import dit_dh
 import flow_train
@@ -144,23 +144,8 @@ TINY = (
 TINY += " --batch-size 8 --steps 6 --log-every 1 --save-every 2 --workers 0"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with 22 images of the demo; signals are given back to pytest afterwards."""
-    monkeypatch.chdir(tmp_path)
-    rae_encoder.draw_demo("data/demo", num=22)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield tmp_path
-    for number, handler in handlers:
-        signal.signal(number, handler)
-
-
 def train(out, *flags):
     flow_train.main([*TINY.split(), "--out", f"runs/{out}", *map(str, flags)])
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
 
 
 def losses(out):
@@ -168,22 +153,9 @@ def losses(out):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def same_training(a, b):
     a, b = read(f"runs/{a}/last.pt"), read(f"runs/{b}/last.pt")
     return all(equal(a[key], b[key]) for key in ("step", "mean", "var", "model", "ema", "optimizer"))
-
-
-def message(function, *args):
-    with pytest.raises(SystemExit) as error:
-        function(*args)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def no_images(*_):

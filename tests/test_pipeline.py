@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import equal, read
 from PIL import Image
 
 import flow_train
@@ -27,18 +28,8 @@ def torchrun(script, *flags, world=1, cwd):
     return result
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def read_log(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])

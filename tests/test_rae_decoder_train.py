@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from conftest import equal, read
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import rae_decoder_train
@@ -476,10 +477,6 @@ def run(*flags):
     rae_decoder_train.main([*common.split(), *map(str, flags)])
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -509,14 +506,6 @@ def test_schedules_at_exact_steps(folder, small_dino, monkeypatch):
     assert [heard for _, heard, _ in seen] == [step >= 6 for step in range(12)]
     own = [lr for _, _, lr in seen]
     assert own[:3] == [None] * 3 and own[3:] == pytest.approx([1e-4, 2e-4, 3e-4, *cosine[:6]])
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_resume_is_exact_with_the_discriminator_and_ema_is_its_closed_form(folder, small_dino):
