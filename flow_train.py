@@ -3,22 +3,21 @@
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 4, 5.
 Images are encoded as training goes, or once for all; times are shifted by the latents' size (section 4.2).
 
-    torchrun flow_train.py
+    torchrun flow_train.py                        # the demo, after rae_decoder_train.py: two minutes on a CPU
+    torchrun flow_train.py --data my_images --decoder runs/decoder/last.pt
     torchrun --nproc_per_node 8 flow_train.py --preset imagenet256 --data imagenet/train --decoder decoder.pt
-    torchrun flow_train.py --data my_images --image-size 64 --encoder dinov2-small --model DiT-DH-S
 
-The first line is the demo, after rae_decoder_train.py: three minutes on a laptop's CPU.
 Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is data, t=1 is noise.
 """
 
+import argparse
 import copy
-import fcntl
-import hashlib
+import glob
 import importlib.util
 import json
 import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -33,25 +32,126 @@ from tqdm import tqdm
 
 import dit_dh
 import rae_encoder
-from rae_encoder import DEMO, Encoder, ImageData, load_images, read_weights, training_order
+from rae_encoder import (
+    DEMO,
+    SMALL,
+    Encoder,
+    ImageData,
+    amount,
+    check_pair,
+    count,
+    encode_views,
+    even_order,
+    fraction,
+    is_mirrored,
+    latent_statistics,
+    load_images,
+    load_statistics,
+    positive,
+    read_weights,
+    reason,
+    training_order,
+    write_file,
+)
 
-# Paper, appendix: 1,400 epochs of 1024 images; AdamW 2e-4, from epoch 40 to 800 down to 2e-5; EMA 0.9995.
-IMAGENET = dict(
-    encoder="dinov2-base", image_size=256, model="DiT-DH-XL", time_dist="logit-normal", stats_images=50_000,
-    batch_size=1024, accum=1, epochs=1400, lr=2e-4, final_lr=2e-5, hold_epochs=40, decay_epochs=800, clip=1.0,
-    ema=0.9995, precision="bf16", log_every=100, preview_every=10_000, save_every=2500, workers=8, seed=0,
-    out="runs/flow",
-)  # fmt: skip
+FORMAT = "rae-flow/1"  # of the checkpoints
 SIZES = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
 PRESETS = {
-    "demo": IMAGENET | DEMO | dict(
-        decoder="runs/decoder/last.pt", model="DiT-DH-S", width=128, depth=4, heads=4, head_width=128,
-        head_depth=2, head_heads=4, batch_size=64, epochs=40, hold_epochs=12, decay_epochs=40, lr=2e-3,
-        ema=0.99, precision="fp32", log_every=20, preview_every=0, save_every=200, workers=2,
-    ),
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(image_size=512),
-}  # fmt: skip
+    "demo": DEMO
+    | {
+        "decoder": "runs/decoder/last.pt",
+        "model": "DiT-DH-S",
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "head_width": 128,
+        "head_depth": 2,
+        "head_heads": 4,
+        "batch_size": 64,
+        "epochs": 40,
+        "hold_epochs": 12,
+        "decay_epochs": 40,
+        "lr": 2e-3,
+        "ema": 0.99,
+        "cache_latents": True,
+        "log_every": 20,
+        "preview_every": 0,
+        "save_every": 200,
+    },
+    # 21 M parameters: a token has 384 channels, so the head has more (section 4.1).
+    "small": SMALL
+    | {
+        "model": "DiT-DH-S",
+        "width": 384,
+        "depth": 4,
+        "heads": 6,
+        "head_width": 512,
+        "head_depth": 2,
+        "head_heads": 8,
+        "batch_size": 64,
+        "steps": 1000,
+        "hold_epochs": None,
+        "decay_epochs": None,
+        "lr": 1e-3,
+        "ema": 0.99,
+        "log_every": 20,
+        "preview_every": 200,
+        "save_every": 100,
+    },
+    "imagenet256": {"epochs": 1400},
+    "imagenet512": {"epochs": 1400, "image_size": 512},
+}
+
+
+def parse_args(argv=None):
+    parser, training = rae_encoder.training_parser(__doc__, PRESETS)
+    parser.set_defaults(batch_size=1024, out="runs/flow", preview_every=10_000)
+    add = training.add_argument
+    add("--ema", type=fraction, default=0.9995, help="decay of the averaged weights, a step (%(default)s)")
+    add(
+        "--hold-epochs",
+        type=amount,
+        default=40,
+        help="of the first learning rate (%(default)s; None: half the run)",
+    )
+    add(
+        "--decay-epochs",
+        type=positive,
+        default=800,
+        help="when its decay ends (%(default)s; None: with the run)",
+    )
+    add("--clip", type=amount, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
+    add(
+        "--time-dist",
+        choices=["logit-normal", "uniform"],
+        default="logit-normal",
+        help="of t before the shift: released, paper (%(default)s)",
+    )
+    add("--shift", type=positive, help="of the times; 1 is off; default: sqrt(C G G / 4096), at least 1")
+    add("--decoder", metavar="FILE", help="decoder checkpoint for the previews (%(default)s)")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--model", default="DiT-DH-XL", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL (%(default)s)")
+    for size in SIZES:
+        add(f"--{size.replace('_', '-')}", type=count, help="instead of the model's own (%(default)s)")
+
+    add = parser.add_argument_group("latents").add_argument
+    add("--stats", metavar="FILE", help="latent statistics, or a flow's checkpoint; default: the data's own")
+    add("--stats-images", type=count, default=50_000, help="images for that, drawn evenly (%(default)s)")
+    add(
+        "--cache-latents",
+        action=argparse.BooleanOptionalAction,
+        help="encode all images once, into memory (%(default)s)",
+    )
+
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    if (
+        args.hold_epochs is not None
+        and args.decay_epochs is not None
+        and args.decay_epochs <= args.hold_epochs
+    ):
+        raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
+    return args
 
 
 def time_shift(t, a):
@@ -66,8 +166,10 @@ def default_shift(latent_shape):
 
 def draw_times(num, distribution, a, device):
     """`num` shifted times in [0,1]; logit-normal (0,1) is the released code's, uniform the paper's."""
-    uniform = distribution == "uniform"
-    t = torch.rand(num, device=device) if uniform else torch.randn(num, device=device).sigmoid()
+    if distribution == "uniform":
+        t = torch.rand(num, device=device)
+    else:
+        t = torch.randn(num, device=device).sigmoid()
     return time_shift(t, a)
 
 
@@ -81,132 +183,231 @@ def flow_loss(model, x, y, t, eps):
     return (v.float() - (eps - x)).square().mean()
 
 
-def learning_rate(epoch, args):
-    """Constant for hold_epochs, then linear to final_lr at decay_epochs, then constant."""
-    progress = (epoch - args.hold_epochs) / (args.decay_epochs - args.hold_epochs)
-    return args.lr + (args.final_lr - args.lr) * min(max(progress, 0), 1)
+def learning_rate(step, hold, decay, lr, final_lr):
+    """Constant for `hold` steps, then linear to final_lr at step `decay`, then constant."""
+    progress = (step - hold) / (decay - hold)
+    return lr + (final_lr - lr) * min(max(progress, 0), 1)
 
 
-def encode(encoder, images, precision):
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        z = encoder(images)  # (B,3,S,S) -> (B,C,G,G)
-    return z.contiguous()  # as the cache has it: noise is drawn in the order of memory
+def milestones(args, steps_per_epoch, steps):
+    """The steps at which the decay of the learning rate begins and ends."""
+    hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
+    decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
+    return hold, decay
 
 
-def cache_latents(args, encoder, data, rank, world):
-    """Latents of all images and their mirrors as a memory map; where the file is missing the ranks make it.
+# Latents
 
-    records["latents"] is (images,2,C,G,G) in fp32, records["label"] (images,). The file lies beside the run
-    folder for other runs to share; its name is a hash of all that decides what is in it.
+
+def available_memory():
+    """Bytes that this machine can give without swapping; infinite where it does not tell."""
+    if not os.path.exists("/proc/meminfo"):
+        return math.inf
+    with open("/proc/meminfo") as file:
+        kilobytes = re.search(r"MemAvailable:\s+(\d+)", file.read())
+    return 1024 * int(kilobytes[1])
+
+
+class LatentCache:
+    """The latents (N,2,C,G,G) of all images and of their mirrors, and labels (N,), in every rank's memory.
+
+    seed: that of the data, whose mirroring it repeats. Raises SystemExit where they don't fit into memory.
     """
-    files = data.reader.filenames(absolute=True) if os.path.isdir(args.data) else [args.data]
-    files += [args.encoder_weights] * os.path.isfile(args.encoder_weights or "")
-    stats = [(file.st_size, file.st_mtime_ns) for file in map(os.stat, files)]
-    key = [args.encoder, args.encoder_weights, encoder.encoder_size, args.image_size, args.precision]
-    key = json.dumps([*key, args.skip_broken, data.reader.filenames(), stats])
-    out, device = os.path.abspath(args.out), encoder.mean.device
-    path = os.path.join(os.path.dirname(out), f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
-    latents = np.dtype((np.float32, (2, encoder.width, encoder.grid, encoder.grid)))  # image and mirror
-    record = dict(names=["latents", "label"], formats=[latents, np.int64], offsets=[0, latents.itemsize])
-    pages = latents.itemsize // 4096 + 1  # whole ones: machines that share the disk never write into the same
-    record = np.dtype(record | dict(itemsize=4096 * pages))
-    if mean_over_ranks(torch.tensor(float(not os.path.exists(path)), device=device)) == 0:
-        return np.memmap(path, record, "r")
 
-    partial, size = f"{path}.{os.path.basename(out)}", len(data) * record.itemsize
-    if shutil.disk_usage(os.path.dirname(out)).free < size:  # writing to a map without room would kill us
-        raise SystemExit(f"--cache-latents {path}: no room for {size / 1e9:.1f} GB")
-    if rank == 0:
-        with open(partial, "wb") as file:
-            file.truncate(size)
-    wait = dist.barrier if world > 1 else lambda: None
-    wait()
-    records = np.memmap(partial, record, "r+")
-    order = rae_encoder.even_order(len(data), len(data), args.batch_size // world, rank, world)
-    progress = tqdm(order, desc=f"{path}, {size / 1e9:.1f} GB", disable=rank > 0)
-    for keys, (images, y) in zip(progress, load_images(data, order, device, args.workers), strict=True):
+    def __init__(self, encoder, data, batch_size, workers, rank, world):
+        self.seed = data.seed
+        shape = (len(data), 2, encoder.width, encoder.grid, encoder.grid)
+        size = 4 * math.prod(shape) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if size > available_memory():
+            raise SystemExit(f"--cache-latents: no memory for {size / 1e9:.1f} GB of latents; leave it out")
+        self.latents = torch.zeros(shape)
+        self.labels = torch.zeros(len(data), dtype=torch.int64)
+
+        order = even_order(len(data), len(data), max(1, batch_size // world), rank, world)
+        progress = tqdm(order, "latents", disable=rank > 0)
+        for keys, (z, y) in zip(progress, encode_views(encoder, data, order, workers), strict=True):
+            rows = [i for _, i in keys]
+            self.latents[rows] = z.cpu()
+            self.labels[rows] = y.cpu()
+
+        # Each rank has its own rows, and zeros elsewhere: the sum is exact.
+        if world > 1:
+            for part in (*self.latents.split(256), self.labels):
+                total = part.to(encoder.mean.device)
+                dist.all_reduce(total)
+                part.copy_(total)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, keys):
+        """Latents (B,C,G,G) and labels (B,), mirrored by the draws that ImageData makes."""
         rows = [i for _, i in keys]
-        for k, view in enumerate((images, images.flip(-1))):
-            records["latents"][rows, k] = encode(encoder, view, args.precision).cpu()
-        records["label"][rows] = y.cpu()
-    records.flush()
-    wait()
-    if rank == 0:
-        os.replace(partial, path)
-    return records
+        mirrored = [int(is_mirrored(np.random.default_rng((self.seed, *key)))) for key in keys]
+        return self.latents[rows, mirrored], self.labels[rows]
 
 
-def load_latents(args, data, encoder, mean, var, order):
-    """Yields (normalised latents (B,C,G,G), labels (B,)) for each list of (epoch, index) in `order`."""
+def load_latents(source, encoder, mean, var, order, workers):
+    """Yields (normalised latents (B,C,G,G), labels (B,)) for each list of (epoch, index) in `order`.
 
-    def from_cache(keys):
-        rows = [i for _, i in keys]
-        # The draw by which ImageData mirrors an image.
-        mirrored = [int(np.random.default_rng((args.seed, *key)).random() < 0.5) for key in keys]
-        return torch.from_numpy(data["latents"][rows, mirrored]), torch.from_numpy(data["label"][rows])
-
-    if isinstance(data, np.memmap):
-        batches = map(from_cache, order)
+    source: ImageData, whose images are encoded in fp32, as released, or a LatentCache.
+    """
+    device = mean.device
+    if isinstance(source, LatentCache):
+        batches = map(source.batch, order)
     else:
-        images = load_images(data, order, mean.device, args.workers)
-        batches = ((encode(encoder, x, args.precision), y) for x, y in images)
+        images = load_images(source, order, device, workers)
+        # In the order of the cache's memory: that is the order in which noise is drawn.
+        batches = ((encoder(x).contiguous(), y) for x, y in images)
     for z, y in batches:
-        yield (z.to(mean.device) - mean) / (var + 1e-5).sqrt(), y.to(mean.device)
+        yield (z.to(device) - mean) / (var + 1e-5).sqrt(), y.to(device)
 
 
-def latent_moments(args, encoder, data, latent_shape, rank, world):
-    """Mean and variance (C,G,G) that normalise the latents: those of the data itself."""
-    num = min(args.stats_images, len(data))
-    if isinstance(data, np.memmap):
-        total = np.zeros((2, *latent_shape))
-        for ((_, i),) in rae_encoder.even_order(len(data), num, 1, rank, world):
-            z = data["latents"][i].astype(np.float64)  # (2,C,G,G)
-            total += np.stack([z.sum(0), np.square(z).sum(0)])
-        mean, square = mean_over_ranks(torch.tensor(total, device=encoder.mean.device)) * world / (2 * num)
-        return mean.float(), (square - mean.square()).float()
-    data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
-    how = (args.batch_size, args.precision, args.workers, rank, world)
-    return rae_encoder.latent_statistics(encoder, data, num, *how)
+def latent_moments(args, start, source, encoder, latent_shape, rank, world):
+    """Mean and variance (C,G,G) that normalise the latents: of the run before, of --stats, or of the data."""
+    if args.stats:
+        moments = load_statistics(args.stats, latent_shape)
+        kept = [start[key] for key in ("mean", "var") if key in start]
+        if kept and not torch.equal(torch.stack(kept), torch.stack(moments)):
+            raise SystemExit(f"--stats {args.stats}: not those of the run that goes on; leave it out")
+        return moments
+    if "mean" in start:
+        return start["mean"], start["var"]
+
+    num = min(args.stats_images, len(source))
+    order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
+    if isinstance(source, LatentCache):
+        return latent_statistics(source.latents[[i for _, i in keys]] for keys in order)
+    whole = copy.copy(source)
+    whole.augment = None
+    views = encode_views(encoder, whole, order, args.workers)
+    return latent_statistics(z for z, _ in tqdm(views, "latent statistics", len(order), disable=rank > 0))
 
 
-def train_step(model, optimizer, x, y, args, shift):
+# One step
+
+
+def train_step(model, optimizer, x, y, *, time_dist, shift, clip, accum, precision):
     """One update by latents x (B,C,G,G) and labels y (B,) in `accum` micro-batches.
 
-    Returns (loss, gradient norm); where one of the two is not finite nothing is updated.
+    Returns ({"loss", "gradient_norm"}, finite); where one of the two is not finite nothing is updated.
     """
-    t, eps = draw_times(len(x), args.time_dist, shift, x.device), torch.randn_like(x)
-    optimizer.zero_grad()
+    t = draw_times(len(x), time_dist, shift, x.device)
+    eps = torch.randn_like(x)
     loss = torch.zeros((), device=x.device)
-    chunks = (value.chunk(args.accum) for value in (x, y, t, eps))
+    optimizer.zero_grad()
+    chunks = (value.chunk(accum) for value in (x, y, t, eps))
     for k, micro_batch in enumerate(zip(*chunks, strict=True)):
-        model.require_backward_grad_sync = k == args.accum - 1  # DDP exchanges gradients once a step
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            micro_loss = flow_loss(model, *micro_batch) / args.accum
+        model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            micro_loss = flow_loss(model, *micro_batch) / accum
         micro_loss.backward()
         loss += micro_loss.detach()
     loss = mean_over_ranks(loss)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-    if torch.isfinite(loss + norm):
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    finite = bool(torch.isfinite(loss + norm))
+    if finite:
         optimizer.step()
-    return loss, norm
+    return {"loss": loss, "gradient_norm": norm}, finite
 
 
-def join_ranks():
-    """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, max(1, world), device
+# ---- What any training needs: the same words in rae_decoder_train.py and flow_train.py ----
 
 
 def mean_over_ranks(values):
+    """The tensor `values`, averaged in place over the ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def any_rank(flag, device):
+    """Whether `flag` is true on any rank: a signal reaches them one by one, but they must leave together."""
+    if not dist.is_initialized():
+        return flag
+    return mean_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+
+
+def catch_signals():
+    """A list that SIGTERM and Ctrl-C fill from here on, so that the step that is running comes to its end."""
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    return signals
+
+
+def plan_steps(images, args, world):
+    """(steps an epoch, steps of the run). Raises SystemExit for a batch that images or ranks don't fill."""
+    batch_size = args.batch_size
+    if images < batch_size:
+        raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
+    if batch_size % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
+    steps_per_epoch = images // batch_size
+    return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
+
+
+def parallel(network, blocks, compile, device):
+    """The network as it is trained: compiled block by block, since one compilation serves all, and in DDP."""
+    if compile or (compile is None and device.type == "cuda"):
+        for block in blocks:
+            block.compile()
+    return DistributedDataParallel(network, broadcast_buffers=False) if dist.is_initialized() else network
+
+
+def adamw(network, lr):
+    """The paper's AdamW (appendix); fused: one kernel for all weights."""
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+
+
+def seed_step(seed, step, rank):
+    """The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay):
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+def report_skipped(steps, terms, progress, precision, last):
+    """Says that the last of `steps` was not finite and changed nothing; ten in a row end the run."""
+    step = steps[-1]
+    if not progress.disable:  # rank 0
+        values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
+    if steps[-10:] == list(range(step - 9, step + 1)):
+        progress.close()
+        remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
+        saved = f"; the last good checkpoint is {last}" if os.path.exists(last) else ""
+        raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
+
+
+def report(log, progress, step, recent, images, since, **values):
+    """Logs the mean of each term over the recent steps that have it, and images a second since `since`.
+
+    `images` is a step's. Forgets the recent steps, and returns the time.
+    """
+    now = time.time()
+    names = {name: None for terms in recent for name in terms}
+    record = {}
+    for name in names:
+        record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
+    record["images_per_s"] = round(len(recent) * images / (now - since), 1)
+    recent.clear()
+    if log:
+        write_log(log, step, record | values)
+    loss = f"{record['loss']:.4f}" if "loss" in record else "none"  # where every step was skipped
+    progress.set_postfix(loss=loss, images_per_s=record["images_per_s"])
+    return now
 
 
 def open_log(folder):
@@ -214,221 +415,247 @@ def open_log(folder):
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
     except OSError as error:
-        raise SystemExit(f"--out {folder}: another run is in it, or it can't be written ({error})") from None
-    board = importlib.util.find_spec("tensorboard") and importlib.import_module("torch.utils.tensorboard")
-    return file, board and board.SummaryWriter(folder)
+        raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
+
+    if importlib.util.find_spec("fcntl"):
+        fcntl = importlib.import_module("fcntl")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+        except OSError as error:
+            problem = f"another run is in it ({reason(error)})"
+            raise SystemExit(f"--out {folder}: {problem}; stop that run or name another folder") from None
+    else:
+        print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
+
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # of a run that was killed
+        os.remove(left)
+    if not importlib.util.find_spec("tensorboard"):
+        return file, None
+    return file, importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
 
 
 def write_log(log, step, record):
     file, board = log
     try:
-        print(json.dumps({"step": step} | record), file=file)
+        print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
     except OSError as error:
-        raise SystemExit(f"{file.name}: can't be written ({error}); the last checkpoint is whole") from None
-    for name, value in record.items() if board else ():
-        board.add_scalar(name, value, step)
+        problem = f"{file.name}: can't be written ({reason(error)})"
+        raise SystemExit(f"{problem}; the last checkpoint is whole") from None
+    if board:
+        for name, value in record.items():
+            board.add_scalar(name, value, step)
 
 
-def save(checkpoint, path):
-    """Written beside it, flushed, renamed over it; a last.pt that was there stays as previous.pt."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.endswith("last.pt") and os.path.exists(path):
-            os.replace(path, os.path.join(os.path.dirname(path), "previous.pt"))
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise SystemExit(f"{path}: can't be written ({error}); the checkpoint before it is whole") from None
+def find_checkpoint(path, last, device):
+    """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = any_rank(first and os.path.exists(last), device)
+    return path or (last if found else None)
 
 
-def resume(args, config, **state):
-    """Loads --resume, or the run folder's last checkpoint, into `state`; returns it, or {"step": 0}."""
-    last, previous = (os.path.join(args.out, name) for name in ("last.pt", "previous.pt"))
-    # A kill between the two renames of save leaves only previous.pt.
-    source = args.resume or next(filter(os.path.exists, (last, previous)), None)
-    if not source:
+def resume(source, form, config, state, steps):
+    """Loads the checkpoint `source` into `state` and returns the rest. SystemExit for one of another run."""
+    if source is None:
         return {"step": 0}
-    hint = f"; --resume {previous} goes on from the one before" * os.path.exists(previous)
-    checkpoint = read_weights(source, hint)
-    if checkpoint.get("format") != "rae-flow/1" or not checkpoint.keys() >= {"config", "step", "model"}:
-        raise SystemExit(f"--resume {source}: not a rae-flow/1 checkpoint{hint}")
+    checkpoint = read_weights(source, "--resume")
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
+    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
-        if (was := checkpoint["config"].get(key)) != value:
-            raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
+        before = checkpoint["config"].get(key, value)  # those of older versions may lack it
+        if before != value:
+            raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
+    if checkpoint["step"] > steps:
+        problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
+        raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
     for name, owner in state.items():
-        owner.load_state_dict(checkpoint[name])
+        owner.load_state_dict(checkpoint.pop(name))
     return checkpoint
 
 
+def save(last, keep_every, state, **rest):
+    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    write_file(last, lambda file: torch.save(checkpoint, file))
+    if keep_every and rest["step"] % keep_every == 0:
+        numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
+        if os.path.exists(numbered):
+            os.remove(numbered)
+        os.link(last, numbered)
+
+
+def announce(log, args, data, models, network, run):
+    """The first line: data, models, and how they are trained; of the rank with the log alone."""
+    if not log:
+        return
+    demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
+    print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
+
+
+def leave(progress, data, device, last, step, steps):
+    """The last line of a run, and the end of its process group."""
+    progress.close()
+    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
+    if not progress.disable:  # rank 0
+        line = [f"{last}: step {step} of {steps}"]
+        if step < steps:
+            line.append("stopped, the same command goes on from here")
+        if broken:
+            line.append(f"{broken} broken images were replaced by others")
+        print("; ".join(line), file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- The end of the same words ----
+
+
+# The run
+
+
+def build(args, num_classes, device):
+    """(encoder, network), as the flags say, on the device."""
+    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    network = dit_dh.build(args.model, (encoder.width, encoder.grid, encoder.grid), num_classes, **sizes)
+    network.checkpoint_activations = args.checkpoint_activations
+    if args.init:
+        initialise(network, args.init)
+    return encoder.to(device), network.to(device)
+
+
 def initialise(network, path):
-    """--init: weights of `path`. For another number of classes, of the labels it takes "no class" alone."""
-    source, table = dit_dh.load(path), "y_embedder.embedding_table.weight"
-    there, here = (f"{model.sizes}, latents {model.latent_shape}" for model in (source, network))
-    if there != here:
-        raise SystemExit(f"--init {path} is of {there}, this run of {here}")
+    """--init: the weights of `path`, ours or released.
+
+    For another number of classes, of the labels only "no class" is taken. SystemExit for other sizes.
+    """
+    source = dit_dh.load(path, "--init")
+    theirs, ours = (f"{model.sizes}, latents {model.latent_shape}" for model in (source, network))
+    if theirs != ours:
+        raise SystemExit(f"--init {path} is of {theirs}, this run of {ours}")
     weights = source.state_dict()
     if source.num_classes != network.num_classes:
-        weights[table] = torch.cat([network.state_dict()[table][:-1].cpu(), weights[table][-1:]])
+        table = "y_embedder.embedding_table.weight"
+        weights[table] = torch.cat([network.state_dict()[table][:-1], weights[table][-1:]])
     network.load_state_dict(weights)
 
 
-def build(args, classes, device):
-    """Returns (encoder, network, config); config is what sample.py needs to know of them."""
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
+def describe(args, encoder, network, classes):
+    """The checkpoint's config: what sample.py needs to know."""
     latent_shape = [encoder.width, encoder.grid, encoder.grid]
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
-    network = dit_dh.build(args.model, latent_shape, len(classes), **sizes)
-    network.checkpoint_activations = args.checkpoint_activations
-    config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "model")}
-    config |= dict(encoder_size=encoder.encoder_size, latent_shape=latent_shape, sizes=network.sizes)
-    config |= dict(classes=classes, num_classes=len(classes), shift=args.shift or default_shift(latent_shape))
-    if args.decoder:
-        decoder = read_weights(args.decoder).get("config", {})
-        for key in ("encoder", "encoder_size", "encoder_weights", "latent_shape"):
-            # Of a file of weights the name counts: its folder differs from machine to machine.
-            there, here = (os.path.basename(str(c.get(key, config[key]))) for c in (decoder, config))
-            if there != here:
-                raise SystemExit(f"--decoder {args.decoder} has {key} {there}, this run {here}")
-    return encoder.to(device), network.to(device), config
+    return {
+        "encoder": args.encoder,
+        "encoder_hash": encoder.hash,
+        "encoder_size": encoder.encoder_size,
+        "image_size": args.image_size,
+        "model": args.model,
+        "sizes": network.sizes,
+        "latent_shape": latent_shape,
+        "classes": classes,
+        "num_classes": len(classes),
+        "shift": args.shift or default_shift(latent_shape),
+    }
 
 
-def save_preview(args, checkpoint, step, num_classes):
-    """Samples of the EMA, by the sampler that users run: PNG grid preview-STEP.png."""
+def save_preview(folder, last, decoder, num_classes, device):
+    """Samples of the EMA, by the sampler that users run: the grid of `folder`.png, a column a class."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # sample.py works on the same GPU
     sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
-    folder = os.path.join(args.out, f"preview-{step:07d}")
-    command = [sys.executable, sampler, "--flow", checkpoint, "--decoder", args.decoder, "--out", folder]
-    command += ["--num", str(4 * min(num_classes, 10))]
+    command = [sys.executable, sampler, "--flow", last, "--decoder", decoder, "--out", folder]
+    command += ["--num", str(4 * min(num_classes, 10)), "--device", device.type, "--no-compile"]
     if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
         tqdm.write(f"{folder}: no preview, see above; training goes on", file=sys.stderr)
 
 
+def step_options(args, shift, precision):
+    """The keyword arguments of train_step."""
+    return {
+        "time_dist": args.time_dist,
+        "shift": shift,
+        "clip": args.clip,
+        "accum": args.accum,
+        "precision": precision,
+    }
+
+
 def main(argv=None):
     args = parse_args(argv)
-    rae_encoder.keep_freed_memory()
-    rank, world, device = join_ranks()
+    rank, world, device = rae_encoder.set_up(args)
+
+    # What is trained, on what
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
-    batch, steps_per_epoch = args.batch_size, len(data) // args.batch_size
-    if not steps_per_epoch:
-        raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
-    if batch % (world * args.accum):
-        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
-    steps = args.steps or max(1, round(args.epochs * steps_per_epoch))
+    steps_per_epoch, steps = plan_steps(len(data), args, world)
+    log = open_log(args.out) if rank == 0 else None
     torch.manual_seed(args.seed)
-    encoder, network, config = build(args, data.classes, device)
-    log, last = open_log(args.out) if rank == 0 else None, os.path.join(args.out, "last.pt")
+    encoder, network = build(args, len(data.classes), device)
+    config = describe(args, encoder, network, data.classes)
+    if args.decoder:
+        decoder = read_weights(args.decoder, "--decoder").get("config", {})
+        check_pair(config, "this run", decoder, f"--decoder {args.decoder}")
     ema = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
-    state = dict(model=network, ema=ema, optimizer=optimizer)
-    start = resume(args, config, **state)
-    step = start["step"]
-    if args.init and not step:
-        initialise(network, args.init)
-        ema.load_state_dict(network.state_dict())
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        network.compile()
-    model = DistributedDataParallel(network) if world > 1 else network
-    if rank == 0:
-        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-        millions = sum(p.numel() for p in network.parameters()) / 1e6
-        what = f"{len(data)} images of {args.data}, {len(data.classes)} classes; {args.encoder} "
-        what += f"{config['latent_shape']}, shift {config['shift']:.2f}; {args.model} ({millions:.1f} M "
-        what += f"parameters); {world} x {device.type}, {args.precision}"
-        print(f"{demo}{what}; step {step} of {steps}", file=sys.stderr)
-    moments = start.get("mean"), start.get("var")
-    if args.stats and not step:
-        moments = rae_encoder.load_statistics(args.stats, config["latent_shape"])
-    source = cache_latents(args, encoder, data, rank, world) if args.cache_latents else data
-    if not (step or args.stats):
-        moments = latent_moments(args, encoder, source, config["latent_shape"], rank, world)
-    mean, var = (moment.to(device) for moment in moments)
-    del start  # as large as all that is trained, on every rank
-    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
-    batches = load_latents(args, source, encoder, mean, var, order)
+    optimizer = adamw(network, args.lr)
+    state = {"model": network, "ema": ema, "optimizer": optimizer}
 
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    # Where a run before this one stopped; the latents' statistics come from there, a file or the data
+    last = os.path.join(args.out, "last.pt")
+    start = resume(find_checkpoint(args.resume, last, device), FORMAT, config, state, steps)
+    step = start["step"]
+    precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
+    source = data
+    if args.cache_latents:
+        source = LatentCache(encoder, data, args.batch_size, args.workers, rank, world)
+    moments = latent_moments(args, start, source, encoder, config["latent_shape"], rank, world)
+    mean, var = (moment.to(device) for moment in moments)
+    model = parallel(network, network.blocks, args.compile, device)
+
+    # What a user sees
+    models = f"{args.encoder} {config['latent_shape']}, shift {config['shift']:.2f}; {args.model}"
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, network, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
-    skipped = skipped_in_a_row = 0
-    for x, y in batches:
-        # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step / steps_per_epoch, args)
-        loss, norm = train_step(model, optimizer, x, y, args, config["shift"])
+
+    # Train: everything that happens at a step, in the order in which it happens
+    hold, decay = milestones(args, steps_per_epoch, steps)
+    how = step_options(args, config["shift"], precision)
+    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
+    signals = catch_signals()
+    recent = []
+    skipped = []
+    since = time.time()
+    for x, y in load_latents(source, encoder, mean, var, order, args.workers):
+        seed_step(args.seed, step, rank)
+        lr = set_learning_rate(optimizer, learning_rate(step, hold, decay, args.lr, args.final_lr))
+        terms, finite = train_step(model, optimizer, x, y, **how)
+        if finite:
+            update_ema(ema, network, args.ema)
         step += 1
-        if torch.isfinite(loss + norm):
-            skipped_in_a_row = 0
-            window += torch.stack([loss, norm, torch.ones_like(loss)])
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - args.ema)
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            tqdm.write(f"step {step} skipped: loss {loss:.3g}, gradient norm {norm:.3g}", file=sys.stderr)
-            if skipped_in_a_row == 10:
-                raise SystemExit(f"10 steps in a row not finite; from {last} on: fp32, or a lower --lr")
-        progress.update()
-        # Ranks must leave together, though a signal reaches them one by one.
-        stopped = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
+
+        # A step that was not finite changed nothing; ten in a row end the run.
+        recent.append(terms if finite else {})
+        if not finite:
+            skipped.append(step)
+            report_skipped(skipped, terms, progress, precision, last)
+
+        stopped = any_rank(len(signals) > 0, device)
         final = stopped or step == steps
-        if rank == 0 and (step % args.log_every == 0 or final):
-            loss, norm = (window[:2] / window[2].clamp(min=1)).tolist()
-            rate = (step - window_step) * args.batch_size / (time.time() - window_time)
-            record = dict(loss=loss, gradient_norm=norm, lr=lr, images_per_s=round(rate, 1), skipped=skipped)
-            write_log(log, step, record)
-            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-            window, window_step, window_time = torch.zeros(3, device=device), step, time.time()
+        progress.update()
+        if final or step % args.log_every == 0:
+            since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
-        if rank == 0 and (step % args.save_every == 0 or final or preview):
-            checkpoint = {name: owner.state_dict() for name, owner in state.items()}
-            checkpoint |= dict(format="rae-flow/1", config=config, step=step, args=vars(args))
-            checkpoint |= dict(mean=mean.cpu(), var=var.cpu())
-            save(checkpoint, last)
-            if args.keep_every and step % args.keep_every == 0:
-                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
-            if preview:
-                save_preview(args, last, step, len(data.classes))
+        if rank == 0 and (final or preview or step % args.save_every == 0):
+            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
+            save(last, args.keep_every, state, step=step, mean=mean.cpu(), var=var.cpu(), **about)
+        if rank == 0 and preview:
+            folder = os.path.join(args.out, f"preview-{step:07d}")
+            save_preview(folder, last, args.decoder, len(data.classes), device)
         if stopped:
             break
-    progress.close()
-
-    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if rank == 0:
-        replaced = f"; {broken} broken images were replaced by others" if broken else ""
-        done = "" if step == steps else "; stopped, the same command goes on from here"
-        print(f"{last}: step {step} of {steps}{replaced}{done}", file=sys.stderr)
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def parse_args(argv=None):
-    parser = rae_encoder.training_parser(__doc__)
-    add = parser.add_argument
-    add("--model", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL")
-    for size in SIZES:
-        add(f"--{size.replace('_', '-')}", type=int, help="instead of the model's own")
-    add("--time-dist", choices=["logit-normal", "uniform"], help="of t before the shift: released, paper")
-    add("--shift", type=float, help="default sqrt(C G G / 4096), at least 1; 1 is off")
-    add("--stats", help="latent statistics: of rae_encoder.py, a checkpoint's; default: the data's own")
-    add("--stats-images", type=int, help="images for that, drawn evenly")
-    add("--decoder", help="decoder checkpoint for the previews")
-    add("--hold-epochs", type=float, help="epochs of constant learning rate")
-    add("--decay-epochs", type=float, help="epoch at which its linear decay to --final-lr ends")
-    add("--clip", type=float, help="largest gradient norm; 0 is off")
-    add("--cache-latents", action="store_true", help="encode all images once, into a file beside --out")
-    given, presets = parser.parse_known_args(argv)[0], PRESETS
-    if given.model or given.encoder not in (None, DEMO["encoder"]):  # the demo's sizes are of its own network
-        presets = PRESETS | {"demo": PRESETS["demo"] | dict.fromkeys(SIZES)}
-    args = rae_encoder.parse_with_presets(parser, presets, argv)
-    args.cache_latents |= args.data == DEMO["data"]  # small, and a third faster
-    if args.decay_epochs <= args.hold_epochs:
-        raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
-    return args
+    leave(progress, data, device, last, step, steps)
 
 
 if __name__ == "__main__":

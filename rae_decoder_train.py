@@ -3,16 +3,17 @@
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 3, 4.3.
 L1, LPIPS and a GAN; noise on the latents, so that the decoder forgives what stage 2 will generate.
 
-    torchrun rae_decoder_train.py
+    torchrun rae_decoder_train.py                        # the demo: two minutes on a laptop's CPU
+    torchrun rae_decoder_train.py --data my_images       # 64 px, without GAN
     torchrun --nproc_per_node 8 rae_decoder_train.py --preset imagenet256 --data imagenet/train
-    torchrun rae_decoder_train.py --data my_images --image-size 64 --encoder dinov2-small --decoder ViT-S
 
-The first line is the demo: it draws its own images, has no GAN and takes minutes on a laptop's CPU.
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
+import argparse
 import copy
-import fcntl
+import glob
+import hashlib
 import importlib.util
 import json
 import math
@@ -36,7 +37,21 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import rae_encoder
-from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, read_weights, training_order
+from rae_encoder import (
+    DEMO,
+    SMALL,
+    Encoder,
+    ImageData,
+    amount,
+    count,
+    even_order,
+    fraction,
+    load_images,
+    read_weights,
+    reason,
+    training_order,
+    write_file,
+)
 
 #              width  depth  heads  MLP
 DECODERS = {
@@ -46,36 +61,107 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
-
-# As released; in epochs the discriminator learns from 6 and the decoder hears it from 8 on.
-IMAGENET = dict(
-    encoder="dinov2-base", image_size=256, decoder="ViT-XL", noise_tau=0.8, lpips_weight=1,
-    lpips_weights="hub", gan_weight=0.75, disc_start=6, gan_start=8, batch_size=512, accum=1, epochs=16,
-    warmup_epochs=1, lr=2e-4, final_lr=2e-5, ema=0.9978, seed=0, precision="bf16", log_every=100,
-    eval_every=2500, preview_every=2500, save_every=2500, workers=8, out="runs/decoder",
-)  # fmt: skip
+FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
-    "demo": IMAGENET | DEMO | dict(
-        decoder="ViT-mini", noise_tau=0.2, lpips_weight=0.1, lpips_weights="random", gan_weight=0,
-        disc_start=1, gan_start=2, batch_size=32, epochs=4, lr=1e-3, ema=0.99, log_every=20, eval_every=100,
-        preview_every=100, save_every=100, workers=2,
-    ),
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(image_size=512),
-}  # fmt: skip
-TERMS = ("loss", "l1", "lpips", "gan", "lambda", "disc")
+    "demo": DEMO
+    | {
+        "decoder": "ViT-mini",
+        "noise_tau": 0.2,
+        "lpips_weight": 0.1,
+        "lpips_weights": "random",
+        "gan_weight": 0,
+        "batch_size": 32,
+        "epochs": 4,
+        "lr": 1e-3,
+        "ema": 0.99,
+        "log_every": 20,
+        "eval_every": 100,
+        "preview_every": 100,
+        "save_every": 100,
+    },
+    "small": SMALL
+    | {
+        "decoder": "ViT-S",
+        "gan_weight": 0,
+        "batch_size": 16,
+        "steps": 1000,
+        "warmup_epochs": None,
+        "lr": 5e-4,
+        "ema": 0.99,
+        "log_every": 20,
+        "eval_every": 200,
+        "preview_every": 100,
+        "save_every": 100,
+    },
+    "imagenet256": {"epochs": 16},
+    "imagenet512": {"epochs": 16, "image_size": 512},
+}
+
+
+def parse_args(argv=None):
+    parser, training = rae_encoder.training_parser(__doc__, PRESETS)
+    parser.set_defaults(batch_size=512, out="runs/decoder")
+    add = training.add_argument
+    add("--ema", type=fraction, default=0.9978, help="decay of the averaged weights, a step (%(default)s)")
+    add("--warmup-epochs", type=amount, default=1, help="linear warm-up of the learning rate (%(default)s)")
+    add("--noise-tau", type=amount, default=0.8, help="latent noise: sigma ~ U(0, tau) (%(default)s)")
+    add("--lpips-weight", type=amount, default=1.0, help="0 goes without LPIPS (%(default)s)")
+    add("--lpips-weights", default="hub", help="VGG-16: hub, random, or a file (%(default)s)")
+    add("--gan-weight", type=amount, default=0.75, help="0 goes without GAN (%(default)s)")
+    add(
+        "--disc-weights",
+        metavar="FILE",
+        help="DINO ViT-S/8 with timm's keys, or `random`; default: the hub's",
+    )
+    add(
+        "--disc-start", type=amount, default=6, help="epoch from which the discriminator learns (%(default)s)"
+    )
+    add(
+        "--gan-start",
+        type=amount,
+        default=8,
+        help="epoch from which the decoder learns from it (%(default)s)",
+    )
+
+    add = parser.add_argument_group("decoder").add_argument
+    add("--decoder", type=decoder_name, default="ViT-XL", help=f"{', '.join(DECODERS)} (%(default)s)")
+    add("--patch-size", type=count, help="pixels a side of a token; default: image size / tokens a side")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
+    add("--eval-every", type=count, default=2500, help="steps (%(default)s)")
+
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    if args.gan_weight and args.gan_start < args.disc_start:
+        raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
+    if args.keep_every and args.keep_every % args.save_every:
+        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
+    return args
+
+
+def decoder_name(text):
+    """An argparse type: a row of DECODERS, in any case."""
+    for name in DECODERS:
+        if name.lower() == text.lower():
+            return name
+    raise argparse.ArgumentTypeError(f"{text}: not one of {', '.join(DECODERS)}")
+
+
+# The decoder
 
 
 def sincos_position(width, grid):
-    """Fixed 2-D position embedding (1, 1 + N, width), zeros for the class token, as in MAE.
+    """Fixed 2-D position embedding (1, N, width) in fp32 for N = grid * grid tokens, row by row, as in MAE.
 
-    The first half of the channels encodes the column, the last the row; omega_k = 10000^(-k / (width / 4)).
+    The first half of the channels encodes the column, the last the row. Each half is [sin, cos] of the index
+    times omega_k = 10000^(-k / (width / 4)), computed in float64.
     """
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, W/2)
-    tokens = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)  # (N, W)
-    return F.pad(tokens, (0, 0, 1, 0)).float()[None]
+    omega = 10000.0 ** (-torch.arange(width // 4).double() / (width / 4))
+    angle = torch.outer(torch.arange(grid).double(), omega)  # (grid, width / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width / 2)
+    column = axis.repeat(grid, 1)  # (N, width / 2)
+    row = axis.repeat_interleave(grid, dim=0)
+    return torch.cat([column, row], dim=1).float()[None]
 
 
 def dense(*sizes):
@@ -90,8 +176,10 @@ class Block(nn.Module):
         self.heads = heads
         projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"attention": projections, "output": dense(width, width)})
-        self.intermediate, self.output = dense(width, mlp), dense(mlp, width)
-        self.layernorm_before, self.layernorm_after = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
+        self.intermediate = dense(width, mlp)
+        self.output = dense(mlp, width)
+        self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
+        self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x):
         h = self.layernorm_before(x)
@@ -108,21 +196,26 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """ViT decoder: un-normalised latents (B,C,g,g) -> images (B,3,S,S) in about [0,1] (section 3.2).
 
-    name: a row of DECODERS. channels: C. grid: G, to which latents of another grid are interpolated.
-    patch_size: p = S / G. mean, std: of the encoder, three numbers each: it works on normalised pixels.
-    """
+    Args:
+        name: a row of DECODERS.
+        channels: C.
+        grid: G, to which latents of another grid are interpolated.
+        patch_size: p = S / G.
+        mean, std: of the encoder, three numbers each: the decoder works on normalised pixels.
 
-    recomputes = False  # its blocks in the backward pass, to save memory
+    checkpoint_activations = True trades time for memory in training.
+    """
 
     def __init__(self, name, channels, grid, patch_size, mean, std):
         super().__init__()
-        if name not in DECODERS:
-            raise SystemExit(f"--decoder {name}: not one of {', '.join(DECODERS)}")
         width, depth, heads, mlp = DECODERS[name]
-        self.grid, self.patch_size = grid, patch_size
+        self.grid = grid
+        self.patch_size = patch_size
+        self.checkpoint_activations = False
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("decoder_pos_embed", sincos_position(width, grid))
+        position = F.pad(sincos_position(width, grid), (0, 0, 1, 0))  # (1, 1 + N, W), 0 for the class token
+        self.register_buffer("decoder_pos_embed", position)
         self.decoder_layers = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
@@ -132,58 +225,123 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.decoder_embed(z.flatten(2).mT)  # (B, g*g, W)
         if z.shape[-1] != self.grid:
-            x = F.interpolate(x.mT.unflatten(2, z.shape[-2:]), size=self.grid, mode="bilinear")
-            x = x.flatten(2).mT  # (B,W,G,G) -> (B, N, W)
+            x = x.mT.unflatten(2, z.shape[-2:])  # (B, W, g, g)
+            x = F.interpolate(x, size=self.grid, mode="bilinear").flatten(2).mT  # (B, N, W)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
         x = x + self.decoder_pos_embed
         for block in self.decoder_layers:
-            x = recompute(block, x, use_reentrant=False) if self.recomputes else block(x)
+            if self.checkpoint_activations:
+                x = recompute(block, x, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+            else:
+                x = block(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p*p*3)
         x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, 3))
         x = torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3)  # (B, 3, S, S)
         return x * self.std + self.mean
 
 
-def load_decoder(path, encoder="dinov2-base"):
-    """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or a released bare state dict.
+def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
+    """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or from the authors' files.
 
-    A bare file tells its sizes by its shapes and has config {}; the pixels' mean and std are then those of
-    `encoder`. Raises SystemExit for any other file.
+    Theirs tell the sizes by their shapes and have config {}; the pixels' mean and std are then those of
+    `encoder`. Raises SystemExit for any other file that `flag` names.
     """
-    file = read_weights(path)
+    file = read_weights(path, flag)
+    if file.get("format") == "rae-flow/1":
+        raise SystemExit(f"{flag} {path}: is a flow of flow_train.py, not a decoder")
+    if file.get("format") == "rae-decoder/1" and file.keys() >= {"config", "ema", "args"}:
+        state = file["ema"]
+        sizes = file["config"]["decoder"]
+        flags = {key: file["args"].get(key) for key in ("encoder_weights", "preset")}
+        config = flags | file["config"]
+    else:
+        state = released_state(file)
+        sizes = released_sizes(state, encoder, f"{flag} {path}")
+        config = {}
+
+    decoder = Decoder(**sizes)
+    # Released files may leave these two out.
+    fixed = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
     try:
-        if file.get("format") == "rae-decoder/1":
-            decoder = Decoder(**file["config"]["decoder"])
-            decoder.load_state_dict(file["ema"])
-            return decoder.eval(), file["config"]
-        for level in ("ema", "model", "module", "state_dict"):
-            file = file.get(level, file)
-        state = {key.removeprefix("module.").removeprefix("decoder."): value for key, value in file.items()}
-        width, channels = state["decoder_embed.weight"].shape
-        name = next(name for name, sizes in DECODERS.items() if sizes[0] == width)
-        position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
-        grid, p = math.isqrt(position.shape[1] - 1), math.isqrt(len(state["decoder_pred.weight"]) // 3)
-        pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
-        decoder = Decoder(name, channels, grid, p, pixels.mean, pixels.std)
-        defaults = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
-        decoder.load_state_dict(defaults | state)
-    except Exception as error:  # a foreign file can break in any of these lines
-        reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"{path}: neither rae-decoder/1 nor a released decoder ({reason})") from None
-    return decoder.eval(), {}
+        decoder.load_state_dict(fixed | state)
+    except RuntimeError as error:
+        raise SystemExit(f"{flag} {path}: not a decoder, ours or released ({reason(error)})") from None
+    return decoder.eval(), config
+
+
+def released_state(file):
+    """The decoder's state dict in a file of the authors: bare, one level down, or beside its encoder's."""
+    for level in ("ema", "model", "module", "state_dict"):
+        file = file.get(level, file)
+    state = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in file.items()}
+    inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
+    return inner or state
+
+
+def released_sizes(state, encoder, name):
+    """The keyword arguments of Decoder that a bare state dict implies by its shapes."""
+    for key in ("decoder_embed.weight", "decoder_pred.weight"):
+        if key not in state:
+            raise SystemExit(f"{name}: not a decoder, ours or released (it has no {key})")
+    width, channels = state["decoder_embed.weight"].shape
+    names = [known for known, sizes in DECODERS.items() if sizes[0] == width]
+    if not names:
+        raise SystemExit(f"{name}: not a decoder, ours or released (none has the width {width})")
+    position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
+    pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
+    return {
+        "name": names[0],
+        "channels": channels,
+        "grid": math.isqrt(position.shape[1] - 1),
+        "patch_size": math.isqrt(len(state["decoder_pred.weight"]) // 3),
+        "mean": pixels.mean,
+        "std": pixels.std,
+    }
+
+
+# What the decoder is compared by: LPIPS and the discriminator
+
+VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"  # the digits begin its SHA-256
 
 
 def perceptual_loss(weights):
-    """LPIPS on VGG-16 (Zhang et al. 2018), images in [-1,1]; weights: "hub" (torchvision's) or "random"."""
+    """LPIPS on VGG-16 (Zhang et al. 2018) of images in [-1,1].
+
+    weights: "hub" (torchvision's), "random" or a file. Raises SystemExit where they can't be fetched or read.
+    """
     warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by deprecated names
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # untrained weights are the same in every run: their distances compare
-            network = lpips.LPIPS(net="vgg", pnet_rand=weights == "random", verbose=False)
-    except OSError as error:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise SystemExit(f"LPIPS needs {folder}/vgg16-397923af.pth ({error}); or --lpips-weight 0") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # untrained weights are the same in every run: their distances compare
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    if weights != "random":
+        # lpips would read them through torchvision, which would run code that is in the file.
+        file = fetch_vgg() if weights == "hub" else weights
+        state = read_weights(file, "--lpips-weights")
+        names = {key: ".".join(["features", *key.split(".")[1:]]) for key in network.net.state_dict()}
+        if not set(names.values()) <= state.keys():
+            raise SystemExit(f"--lpips-weights {file}: not torchvision's VGG-16")
+        network.net.load_state_dict({key: state[name] for key, name in names.items()})
+    # Channels-last convolutions are a third faster on CPUs.
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def fetch_vgg():
+    """The path of torchvision's VGG-16 in torch's cache, fetched where it is missing, its hash checked."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(VGG))
+    prefix = VGG[-12:-4]
+    hint = "--lpips-weights FILE takes a local copy, --lpips-weight 0 goes without"
+    if not os.path.isfile(path):
+        print(f"fetching {VGG}", file=sys.stderr)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(VGG, path, hash_prefix=prefix)
+        except (OSError, RuntimeError) as error:  # no network, no room; another hash
+            raise SystemExit(f"LPIPS needs {VGG} as {path} ({reason(error)}); {hint}") from None
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    if not digest.startswith(prefix):
+        raise SystemExit(f"{path}: damaged, its SHA-256 does not begin with {prefix}; remove it")
+    return path
 
 
 class Discriminator(nn.Module):
@@ -203,11 +361,13 @@ class Discriminator(nn.Module):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
 
     def forward(self, x):
-        x = (F.interpolate(x, size=224, mode="bilinear") / 2 + 0.5 - self.mean) / self.std  # (B, 3, 224, 224)
+        x = F.interpolate(x, size=224, mode="bilinear")  # (B, 3, 224, 224)
+        x = (x / 2 + 0.5 - self.mean) / self.std
         features = self.vit.forward_intermediates(x, [2, 5, 8, 11], output_fmt="NLC", intermediates_only=True)
         logits = []
         with torch.autocast(x.device.type, enabled=False):  # spectral norm iterates in fp32
-            for (first, second, last), tokens in zip(self.heads, features[-1:] + features, strict=True):
+            for head, tokens in zip(self.heads, features[-1:] + features, strict=True):
+                first, second, last = head
                 h = first(tokens.float().mT)  # (B, 384, 784)
                 h = (h + second(h)) / math.sqrt(2)
                 logits.append(last(h).flatten(1))  # (B, 784)
@@ -230,13 +390,18 @@ def diff_augment(x, u=None):
     u: (B,5) uniform in [0,1), drawn if not given: moves of up to S/8 whole pixels, brightness
     +-0.5, saturation times 0 to 2, contrast times 0.5 to 1.5. 0.5 throughout changes nothing.
     """
-    u = torch.rand(len(x), 5, device=x.device) if u is None else u
-    size, reach = x.shape[-1], round(x.shape[-1] / 8)
-    first = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2) row and column of the padded image
+    if u is None:
+        u = torch.rand(len(x), 5, device=x.device)
+    size = x.shape[-1]
+    reach = round(size / 8)
+
+    # A window of the padded image
+    first = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2) its first row and column
     rows, columns = (first[..., None] + torch.arange(size, device=x.device)).unbind(1)  # (B, S) each
     x = F.pad(x, [reach] * 4)
     x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[-1]))
     x = x.gather(3, columns[:, None, None, :].expand(-1, 3, size, -1))  # (B, 3, S, S)
+
     brightness, saturation, contrast = u[:, 2:].mT[..., None, None, None]  # (B, 1, 1, 1) each
     x = x + brightness - 0.5
     grey = x.mean(1, keepdim=True)
@@ -248,6 +413,20 @@ def diff_augment(x, u=None):
 def hinge_loss(real, fake):
     """Of the discriminator's logits (appendix)."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction, gan, weight):
+    """lambda = |grad of reconstruction| / (|grad of gan| + 1e-6) at the decoder's last weight, in [0, 1e4].
+
+    As released, with the gradients averaged over the ranks, so that all use one lambda; the paper takes
+    the gradients at the reconstruction (section 4.3).
+    """
+    gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (reconstruction, gan)]
+    norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
+
+
+# One step
 
 
 def learning_rate(step, steps, warmup, lr, final_lr):
@@ -262,92 +441,113 @@ def to_8_bit(images):
     return (images.clamp(0, 1) * 255).round() / 255
 
 
-def judge(xhat, x, u, perceptual, disc):
-    """L1, LPIPS and GAN loss of decoded images xhat; zero where there is no such judge."""
-    lpips_loss = perceptual(2 * xhat - 1, 2 * x - 1).float().mean() if perceptual else xhat.new_zeros(())
-    gan = -disc(diff_augment(2 * xhat - 1, u)).mean() if disc else xhat.new_zeros(())
-    return (xhat - x).abs().mean(), lpips_loss, gan
+def decoder_step(
+    model, optimizer, images, z, perceptual, disc, *, noise_tau, lpips_weight, gan_weight, accum, precision
+):
+    """One update by images (B,3,S,S) in [0,1] and latents (B,C,G,G) in `accum` micro-batches.
 
-
-def decoder_step(model, perceptual, disc, optimizer, images, z, args):
-    """One update by images (B,3,S,S) and latents (B,C,G,G) in `accum` micro-batches; returns TERMS.
-
-    disc None leaves the GAN out. lambda is that of the whole batch, all micro-batches and ranks: none can go
-    back through the decoder before the last is judged. So the gradients at their pixels are kept, and the
-    decoder alone runs again, for all but the last. (The released lambda is of one micro-batch on one rank.)
+    loss = L1 + lpips_weight LPIPS + gan_weight lambda GAN (section 4.3), without what is None of
+    perceptual and disc. L1 + LPIPS is that of one large batch; lambda is of each micro-batch, as released.
+    Returns ({term: its mean over micro-batches and ranks}, finite); where loss or gradients are not finite
+    nothing is updated.
     """
-    # Section 4.3, as released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
-    z = z + args.noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)
+    # As released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
+    sigma = noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
+    z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
-    autocast = torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    weight = getattr(model, "module", model).decoder_pred.weight
-    losses, at_weight, waiting = 0, torch.zeros(2, *weight.shape, device=z.device), []
+    last_weight = getattr(model, "module", model).decoder_pred.weight
+    terms = {}
     optimizer.zero_grad()
-    for k, (x, z_k, u_k) in enumerate(zip(*(part.chunk(args.accum) for part in (images, z, u)), strict=True)):
-        # DDP exchanges gradients in the last backward pass alone.
-        model.require_backward_grad_sync = k == args.accum - 1 and (args.accum == 1 or not disc)
-        xhat = None  # frees the activations of the micro-batch before
-        with autocast:
+    for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
+        model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
             xhat = model(z_k)  # (B / accum, 3, S, S)
-            pixels = xhat.detach().requires_grad_()
-            l1, lpips_loss, gan = judge(pixels, x, u_k, perceptual, disc)
-        judged = [l1 + args.lpips_weight * lpips_loss, gan] if disc else [l1 + args.lpips_weight * lpips_loss]
-        gradients = [torch.autograd.grad(loss / args.accum, pixels)[0] for loss in judged]
-        losses = losses + torch.stack([l1, lpips_loss, gan]).detach() / args.accum
-        if disc:
-            waiting.append((z_k, gradients))
-            for i in range(2):
-                at_weight[i] += torch.autograd.grad(xhat, weight, gradients[i], retain_graph=True)[0]
-        else:
-            xhat.backward(gradients[0])
-    # lambda, as released; the paper takes the gradients at the reconstruction.
-    norms = mean_over_ranks(at_weight).flatten(1).norm(dim=1) if disc else losses.new_zeros(2)
-    scale = (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
-    if disc:
-        xhat.backward(gradients[0] + args.gan_weight * scale * gradients[1])
-    for k, (z_k, gradients) in enumerate(waiting[:-1], 2):
-        model.require_backward_grad_sync = k == args.accum
-        with autocast:
-            xhat = model(z_k)
-        xhat.backward(gradients[0] + args.gan_weight * scale * gradients[1])
-    optimizer.step()
-    loss = losses @ losses.new_tensor([1, args.lpips_weight, 0]) + args.gan_weight * scale * losses[2]
-    return torch.stack([loss, *losses, scale, 0 * scale])
+            parts = {"l1": (xhat - x).abs().mean()}
+            loss = parts["l1"]
+            if perceptual:
+                parts["lpips"] = perceptual(2 * xhat - 1, 2 * x - 1).float().mean()
+                loss = loss + lpips_weight * parts["lpips"]
+            if disc:
+                parts["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
+                parts["lambda"] = adaptive_weight(loss, parts["gan"], last_weight)
+                loss = loss + gan_weight * parts["lambda"] * parts["gan"]
+        (loss / accum).backward()
+        parts["loss"] = loss
+        for name, value in parts.items():
+            terms[name] = terms.get(name, 0) + value.detach() / accum
+    return update(optimizer, terms)
 
 
-def disc_step(model, decoder, optimizer, images, z, args):
-    """One update of the discriminator by images and by fakes from latents without noise; returns its loss."""
-    u, total = torch.rand(len(z), 2, 5, device=z.device), 0  # real and fake have their own draws
+def disc_step(model, optimizer, images, z, decoder, accum, precision):
+    """One update of the discriminator by images and by fakes from latents without noise.
+
+    Returns (loss, finite), as decoder_step does.
+    """
+    u = torch.rand(len(z), 2, 5, device=z.device)  # real and fake have their own draws
+    terms = {"disc": 0}
     optimizer.zero_grad()
-    for k, (x, z_k, u_k) in enumerate(zip(*(part.chunk(args.accum) for part in (images, z, u)), strict=True)):
-        model.require_backward_grad_sync = k == args.accum - 1
-        model.train(k == 0)  # here alone spectral norm iterates: once a step
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
+        model.require_backward_grad_sync = k == accum - 1
+        model.train(k == 0)  # in train mode alone spectral norm iterates: once a step
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
                 fake = to_8_bit(decoder(z_k))
-            both = diff_augment(2 * torch.cat([x, fake]) - 1, u_k.transpose(0, 1).flatten(0, 1))
-            loss = hinge_loss(*model(both).chunk(2)) / args.accum
-        loss.backward()
-        total = total + loss.detach()
-    optimizer.step()
+            both = 2 * torch.cat([x, fake]) - 1  # (2B / accum, 3, S, S)
+            logits = model(diff_augment(both, u_k.transpose(0, 1).flatten(0, 1)))
+            loss = hinge_loss(*logits.chunk(2))
+        (loss / accum).backward()
+        terms["disc"] = terms["disc"] + loss.detach() / accum
     model.eval()
-    return total
+    terms, finite = update(optimizer, terms)
+    return terms["disc"], finite
+
+
+def update(optimizer, terms):
+    """Steps where terms and gradients are finite on all ranks; returns (terms over the ranks, finite)."""
+    values = mean_over_ranks(torch.stack(list(terms.values())))
+    terms = dict(zip(terms, values, strict=True))
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    finite = bool(torch.isfinite(values.sum() + norm))
+    if finite:
+        optimizer.step()
+    return terms | {"gradient_norm": norm}, finite
+
+
+# Evaluation
 
 
 @torch.no_grad()
-def evaluate(decoder, encoder, perceptual, data, args, device, rank, world):
+def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32):
     """Means over the images of `data` of PSNR in dB on 8-bit pixels and, where it is trained with, LPIPS.
 
     In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    order = even_order(len(data), len(data), args.batch_size // (world * args.accum), rank, world)
-    for x, _ in load_images(data, order, device, args.workers):
+    device = encoder.mean.device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    psnr = []
+    distances = []
+    order = even_order(len(data), len(data), batch_size, rank, world)
+    for x, _ in load_images(data, order, device, workers):
         xhat = to_8_bit(decoder(encoder(x)))
-        totals[0] += (-10 * (xhat - x).square().mean((1, 2, 3)).log10()).sum()
-        totals[1] += perceptual(2 * xhat - 1, 2 * x - 1).sum() if perceptual else 0
-    psnr, lpips_loss = (mean_over_ranks(totals) * world / len(data)).tolist()
-    return {"eval_psnr": psnr} | ({"eval_lpips": lpips_loss} if perceptual else {})
+        psnr += (-10 * (xhat - x).square().mean((1, 2, 3)).log10()).tolist()
+        if perceptual:
+            distances += perceptual(2 * xhat - 1, 2 * x - 1).flatten().tolist()
+
+    # float64, which mps does not have, so it goes to the device only where ranks exchange it.
+    totals = torch.tensor([sum(psnr), sum(distances)], dtype=torch.float64)
+    totals = mean_over_ranks(totals.to(device)) * world if world > 1 else totals
+    scores = dict(zip(("eval_psnr", "eval_lpips"), (totals / len(data)).tolist(), strict=True))
+    if not perceptual:
+        del scores["eval_lpips"]
+    return scores
+
+
+def report_scores(log, progress, step, scores):
+    if log:
+        write_log(log, step, scores)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        progress.write(f"step {step}: {values}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -355,28 +555,110 @@ def save_preview(path, decoder, encoder, images):
     """PNG with the originals (B,3,S,S) over their reconstructions."""
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
     pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
+    picture = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy())
     try:
-        Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy()).save(path)
-    except OSError as error:
-        tqdm.write(f"{path}: no preview ({error}); training goes on", file=sys.stderr)
+        write_file(path, lambda file: picture.save(file, format="PNG"))
+    except SystemExit as error:
+        tqdm.write(f"no preview: {error}; training goes on", file=sys.stderr)
 
 
-def join_ranks():
-    """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, max(1, world), device
+# ---- What any training needs: the same words in rae_decoder_train.py and flow_train.py ----
 
 
 def mean_over_ranks(values):
+    """The tensor `values`, averaged in place over the ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def any_rank(flag, device):
+    """Whether `flag` is true on any rank: a signal reaches them one by one, but they must leave together."""
+    if not dist.is_initialized():
+        return flag
+    return mean_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+
+
+def catch_signals():
+    """A list that SIGTERM and Ctrl-C fill from here on, so that the step that is running comes to its end."""
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    return signals
+
+
+def plan_steps(images, args, world):
+    """(steps an epoch, steps of the run). Raises SystemExit for a batch that images or ranks don't fill."""
+    batch_size = args.batch_size
+    if images < batch_size:
+        raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
+    if batch_size % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
+    steps_per_epoch = images // batch_size
+    return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
+
+
+def parallel(network, blocks, compile, device):
+    """The network as it is trained: compiled block by block, since one compilation serves all, and in DDP."""
+    if compile or (compile is None and device.type == "cuda"):
+        for block in blocks:
+            block.compile()
+    return DistributedDataParallel(network, broadcast_buffers=False) if dist.is_initialized() else network
+
+
+def adamw(network, lr):
+    """The paper's AdamW (appendix); fused: one kernel for all weights."""
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+
+
+def seed_step(seed, step, rank):
+    """The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay):
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+def report_skipped(steps, terms, progress, precision, last):
+    """Says that the last of `steps` was not finite and changed nothing; ten in a row end the run."""
+    step = steps[-1]
+    if not progress.disable:  # rank 0
+        values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
+    if steps[-10:] == list(range(step - 9, step + 1)):
+        progress.close()
+        remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
+        saved = f"; the last good checkpoint is {last}" if os.path.exists(last) else ""
+        raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
+
+
+def report(log, progress, step, recent, images, since, **values):
+    """Logs the mean of each term over the recent steps that have it, and images a second since `since`.
+
+    `images` is a step's. Forgets the recent steps, and returns the time.
+    """
+    now = time.time()
+    names = {name: None for terms in recent for name in terms}
+    record = {}
+    for name in names:
+        record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
+    record["images_per_s"] = round(len(recent) * images / (now - since), 1)
+    recent.clear()
+    if log:
+        write_log(log, step, record | values)
+    loss = f"{record['loss']:.4f}" if "loss" in record else "none"  # where every step was skipped
+    progress.set_postfix(loss=loss, images_per_s=record["images_per_s"])
+    return now
 
 
 def open_log(folder):
@@ -384,210 +666,280 @@ def open_log(folder):
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
     except OSError as error:
-        raise SystemExit(f"--out {folder}: another run is in it, or it can't be written ({error})") from None
-    board = importlib.util.find_spec("tensorboard") and importlib.import_module("torch.utils.tensorboard")
-    return file, board and board.SummaryWriter(folder)
+        raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
+
+    if importlib.util.find_spec("fcntl"):
+        fcntl = importlib.import_module("fcntl")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+        except OSError as error:
+            problem = f"another run is in it ({reason(error)})"
+            raise SystemExit(f"--out {folder}: {problem}; stop that run or name another folder") from None
+    else:
+        print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
+
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # of a run that was killed
+        os.remove(left)
+    if not importlib.util.find_spec("tensorboard"):
+        return file, None
+    return file, importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
 
 
 def write_log(log, step, record):
     file, board = log
     try:
-        print(json.dumps({"step": step} | record), file=file)
+        print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
     except OSError as error:
-        raise SystemExit(f"{file.name}: can't be written ({error}); the last checkpoint is whole") from None
-    for name, value in record.items() if board else ():
-        board.add_scalar(name, value, step)
+        problem = f"{file.name}: can't be written ({reason(error)})"
+        raise SystemExit(f"{problem}; the last checkpoint is whole") from None
+    if board:
+        for name, value in record.items():
+            board.add_scalar(name, value, step)
 
 
-def save(checkpoint, path):
-    """Written beside it, flushed, renamed over it; a last.pt that was there stays as previous.pt."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.endswith("last.pt") and os.path.exists(path):
-            os.replace(path, os.path.join(os.path.dirname(path), "previous.pt"))
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise SystemExit(f"{path}: can't be written ({error}); the checkpoint before it is whole") from None
+def find_checkpoint(path, last, device):
+    """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = any_rank(first and os.path.exists(last), device)
+    return path or (last if found else None)
 
 
-def resume(args, config, **state):
-    """Loads --resume, or the run folder's last checkpoint, into `state`; returns it, or {"step": 0}."""
-    last, previous = (os.path.join(args.out, name) for name in ("last.pt", "previous.pt"))
-    # A kill between the two renames of save leaves only previous.pt.
-    source = args.resume or next(filter(os.path.exists, (last, previous)), None)
-    if not source:
+def resume(source, form, config, state, steps):
+    """Loads the checkpoint `source` into `state` and returns the rest. SystemExit for one of another run."""
+    if source is None:
         return {"step": 0}
-    hint = f"; --resume {previous} goes on from the one before" * os.path.exists(previous)
-    checkpoint = read_weights(source, hint)
-    if checkpoint.get("format") != "rae-decoder/1" or not checkpoint.keys() >= {"config", "step", "model"}:
-        raise SystemExit(f"--resume {source}: not a rae-decoder/1 checkpoint{hint}")
+    checkpoint = read_weights(source, "--resume")
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
+    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
-        if (was := checkpoint["config"].get(key)) != value:
-            raise SystemExit(f"{source} has {key} {was}, this run {value}: same flags, or another --out")
+        before = checkpoint["config"].get(key, value)  # those of older versions may lack it
+        if before != value:
+            raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
+    if checkpoint["step"] > steps:
+        problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
+        raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
     for name, owner in state.items():
-        owner.load_state_dict(checkpoint[name])
+        owner.load_state_dict(checkpoint.pop(name))
     return checkpoint
 
 
+def save(last, keep_every, state, **rest):
+    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    write_file(last, lambda file: torch.save(checkpoint, file))
+    if keep_every and rest["step"] % keep_every == 0:
+        numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
+        if os.path.exists(numbered):
+            os.remove(numbered)
+        os.link(last, numbered)
+
+
+def announce(log, args, data, models, network, run):
+    """The first line: data, models, and how they are trained; of the rank with the log alone."""
+    if not log:
+        return
+    demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
+    print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
+
+
+def leave(progress, data, device, last, step, steps):
+    """The last line of a run, and the end of its process group."""
+    progress.close()
+    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
+    if not progress.disable:  # rank 0
+        line = [f"{last}: step {step} of {steps}"]
+        if step < steps:
+            line.append("stopped, the same command goes on from here")
+        if broken:
+            line.append(f"{broken} broken images were replaced by others")
+        print("; ".join(line), file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- The end of the same words ----
+
+
+# The run
+
+
 def build(args, device):
-    """Returns (encoder, decoder, config); config is what later stages need to know of them."""
-    size, p = args.image_size, args.patch_size
-    encoder = Encoder(args.encoder, args.encoder_size, size * 16 // (p or 16), args.encoder_weights)
-    tokens, p = encoder.grid, p or size / encoder.grid
-    if size % p or p % 1:
-        problem = f"--image-size {size} is no multiple of the patch: {tokens} tokens a side, patch size {p:g}"
+    """(encoder, decoder, perceptual loss or None, discriminator or None), as the flags say, on the device."""
+    # With a patch twice as large, 512 px images come from the tokens of 256 px ones.
+    size = args.image_size
+    encoder = Encoder(
+        args.encoder, args.encoder_size, size * 16 // (args.patch_size or 16), args.encoder_weights
+    )
+    patch = args.patch_size or size / encoder.grid
+    if size % patch or patch % 1:
+        problem = (
+            f"--image-size {size} is no multiple of the patch: {encoder.grid} tokens a side, patch {patch:g}"
+        )
         raise SystemExit(f"{problem}; change --image-size, --encoder-size or --patch-size")
-    sizes = dict(name=args.decoder, channels=encoder.width, grid=int(size / p), patch_size=int(p))
-    sizes |= {key: getattr(encoder, key).flatten().tolist() for key in ("mean", "std")}
-    config = {key: getattr(args, key) for key in ("encoder", "encoder_weights", "image_size", "noise_tau")}
-    config |= dict(encoder_size=encoder.encoder_size, latent_shape=[encoder.width, tokens, tokens])
-    config |= dict(decoder=sizes, gan=args.gan_weight > 0)
-    decoder = Decoder(**sizes)
-    decoder.recomputes = args.checkpoint_activations
+
+    decoder = Decoder(
+        name=args.decoder,
+        channels=encoder.width,
+        grid=size // int(patch),
+        patch_size=int(patch),
+        mean=encoder.mean.flatten().tolist(),
+        std=encoder.std.flatten().tolist(),
+    )
+    decoder.checkpoint_activations = args.checkpoint_activations
     if args.init:
-        start = load_decoder(args.init, args.encoder)[0].state_dict()
-        for name, value in decoder.state_dict().items():
-            if name not in start or start[name].shape != value.shape:
-                raise SystemExit(f"--init {args.init}: of other sizes, its {name} is not {list(value.shape)}")
-        decoder.load_state_dict(start)
-    return encoder.to(device), decoder.to(device), config
+        weights = load_decoder(args.init, args.encoder, "--init")[0].state_dict()
+        try:
+            decoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SystemExit(f"--init {args.init}: of other sizes than this run ({reason(error)})") from None
+    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
+    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
+    return encoder.to(device), decoder.to(device), perceptual, disc
+
+
+def describe(args, encoder, decoder):
+    """The checkpoint's config: what later stages need to know."""
+    return {
+        "encoder": args.encoder,
+        "encoder_hash": encoder.hash,
+        "encoder_size": encoder.encoder_size,
+        "image_size": args.image_size,
+        "latent_shape": [encoder.width, encoder.grid, encoder.grid],
+        "decoder": {
+            "name": args.decoder,
+            "channels": encoder.width,
+            "grid": decoder.grid,
+            "patch_size": decoder.patch_size,
+            "mean": encoder.mean.flatten().tolist(),
+            "std": encoder.std.flatten().tolist(),
+        },
+        "noise_tau": args.noise_tau,
+        "gan": args.gan_weight > 0,
+    }
+
+
+def training_state(decoder, disc, lr):
+    """All that changes in training, by its name in the checkpoint."""
+    state = {
+        "model": decoder,
+        "ema": copy.deepcopy(decoder).requires_grad_(False),
+        "optimizer": adamw(decoder, lr),
+    }
+    if disc:
+        state["disc"] = disc.heads
+        state["disc_optimizer"] = adamw(disc.heads, lr)
+    return state
+
+
+def open_held_out(args, data, device):
+    """The images of --eval-data, and eight of them for the preview; without it those are training images."""
+    if args.eval_data:
+        held_out = ImageData(args.eval_data, args.image_size, None, 0, args.skip_broken, "--eval-data")
+    else:
+        held_out = copy.copy(data)
+        held_out.augment = None
+    shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
+    return held_out, shown
+
+
+def step_options(args, precision):
+    """The keyword arguments of decoder_step."""
+    return {
+        "noise_tau": args.noise_tau,
+        "lpips_weight": args.lpips_weight,
+        "gan_weight": args.gan_weight,
+        "accum": args.accum,
+        "precision": precision,
+    }
+
+
+def milestones(args, steps_per_epoch, steps):
+    """The steps at which the warm-up ends, and from which discriminator and GAN loss take part."""
+    warmup = steps // 20 if args.warmup_epochs is None else round(args.warmup_epochs * steps_per_epoch)
+    return warmup, round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rae_encoder.keep_freed_memory()
-    rank, world, device = join_ranks()
-    if args.data == DEMO["data"] and rank == 0 and not os.path.exists(args.data):
-        rae_encoder.draw_demo(args.data)
-    if world > 1:
-        dist.barrier()
+    rank, world, device = rae_encoder.set_up(args)
+
+    # What is trained, on what
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
-    held_out = ImageData(
-        args.eval_data or args.data, args.image_size, None, 0, args.skip_broken, "--eval-data"
-    )
-    epoch, batch = len(data) // args.batch_size, args.batch_size
-    if not epoch:
-        raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than --batch-size {batch}")
-    if batch % (world * args.accum):
-        raise SystemExit(f"--batch-size {batch} is no multiple of {world} ranks x {args.accum} --accum")
-    counts = (args.epochs, args.warmup_epochs, args.disc_start, args.gan_start)
-    steps, warmup, disc_start, gan_start = (round(epoch * count) for count in counts)
-    steps = args.steps or max(1, steps)
+    held_out, shown = open_held_out(args, data, device)
+    steps_per_epoch, steps = plan_steps(len(data), args, world)
     log = open_log(args.out) if rank == 0 else None
-
     torch.manual_seed(args.seed)
-    encoder, decoder, config = build(args, device)
-    ema = copy.deepcopy(decoder).requires_grad_(False)
-    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
-    adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
-    state = dict(model=decoder, ema=ema, optimizer=optimizer)
-    if disc:
-        disc_optimizer = torch.optim.AdamW(disc.heads.parameters(), **adamw)
-        state |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
-    step = resume(args, config, **state)["step"]
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        for block in decoder.decoder_layers:  # block by block: one compilation serves them all
-            block.compile()
-    model, disc_model = decoder, disc
-    if world > 1:
-        model = DistributedDataParallel(decoder, broadcast_buffers=False)
-        disc_model = DistributedDataParallel(disc, broadcast_buffers=False) if disc else None
+    encoder, decoder, perceptual, disc = build(args, device)
+    config = describe(args, encoder, decoder)
+    state = training_state(decoder, disc, args.lr)
 
+    # Where a run before this one stopped
     last = os.path.join(args.out, "last.pt")
-    if rank == 0:
-        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-        size = f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters"
-        what = f"{demo}{len(data)} images of {args.data}; {args.encoder} {config['latent_shape']} -> "
-        what += f"{args.decoder} ({size}); {world} x {device.type}, {args.precision}; step {step} of {steps}"
-        print(what, file=sys.stderr)
-        shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
-    order = training_order(len(data), batch, args.seed, step, steps, rank, world)
+    start = resume(find_checkpoint(args.resume, last, device), FORMAT, config, state, steps)
+    step = start["step"]
+    precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
+    model = parallel(decoder, decoder.decoder_layers, args.compile, device)
+    disc_model = parallel(disc, [], args.compile, device) if disc else None
+
+    # What a user sees
+    models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}"
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, decoder, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    schedule = (steps, warmup, args.lr, args.final_lr)
-    scores, window, seconds, tick = {}, [], 0, time.time()
+
+    # Train: everything that happens at a step, in the order in which it happens
+    warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
+    how = step_options(args, precision)
+    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
+    signals = catch_signals()
+    recent = []
+    skipped = []
+    since = time.time()
     for images, _ in load_images(data, order, device, args.workers):
-        # The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them.
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        seed_step(args.seed, step, rank)
+        lr = set_learning_rate(state["optimizer"], learning_rate(step, steps, warmup, args.lr, args.final_lr))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             z = encoder(images)  # (B, C, G, G)
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, *schedule)
-        heard = disc if step >= gan_start else None
-        terms = decoder_step(model, perceptual, heard, optimizer, images, z, args)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(decoder.parameters()), 1 - args.ema)
-        if disc and step >= disc_start:
-            disc_optimizer.param_groups[0]["lr"] = learning_rate(step - disc_start, *schedule)
-            terms[5] = disc_step(disc_model, decoder, disc_optimizer, images, z, args)
-        window.append(terms)
+        critic = disc if step >= gan_start else None
+        terms, finite = decoder_step(model, state["optimizer"], images, z, perceptual, critic, **how)
+        if finite:
+            update_ema(state["ema"], decoder, args.ema)
+        if finite and disc and step >= disc_start:
+            optimizer = state["disc_optimizer"]
+            set_learning_rate(
+                optimizer, learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
+            )
+            terms["disc"], finite = disc_step(
+                disc_model, optimizer, images, z, decoder, args.accum, precision
+            )
         step += 1
-        progress.update()
-        # Ranks must leave together, though a signal reaches them one by one.
-        stopped = mean_over_ranks(torch.tensor(float(bool(stop)), device=device)).item() > 0
+
+        # A step that was not finite changed nothing; ten in a row end the run.
+        recent.append(terms if finite else {})
+        if not finite:
+            skipped.append(step)
+            report_skipped(skipped, terms, progress, precision, last)
+
+        stopped = any_rank(len(signals) > 0, device)
         final = stopped or step == steps
-        seconds += time.time() - tick
-        if evaluated := args.eval_data and (step % args.eval_every == 0 or step == steps):
-            scores = evaluate(ema, encoder, perceptual, held_out, args, device, rank, world)
-        if evaluated or final or step % args.log_every == 0:
-            terms = mean_over_ranks(torch.stack(window).mean(0)).tolist()
-            if not math.isfinite(terms[0]):
-                raise SystemExit(f"step {step}: loss {terms[0]}; go on from {last} by fp32 or a lower --lr")
-            rate = round(len(window) * batch / seconds, 1)
-            record = dict(zip(TERMS[: 6 if disc else 3], terms, strict=False), lr=lr, images_per_s=rate)
-            progress.set_postfix(loss=f"{terms[0]:.4f}", images_per_s=rate, **scores)
-            if rank == 0:
-                write_log(log, step, record | (scores if evaluated else {}))
-            window, seconds = [], 0
-        if rank == 0 and args.preview_every and (step % args.preview_every == 0 or final):
-            save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), ema, encoder, shown)
-        if rank == 0 and (step % args.save_every == 0 or final):
-            checkpoint = {name: owner.state_dict() for name, owner in state.items()}
-            checkpoint |= dict(format="rae-decoder/1", config=config, step=step, args=vars(args))
-            save(checkpoint, last)
-            if args.keep_every and step % args.keep_every == 0:
-                save(checkpoint, os.path.join(args.out, f"{step:07d}.pt"))
+        progress.update()
+        if final or step % args.log_every == 0:
+            since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
+        if args.eval_data and (step == steps or step % args.eval_every == 0):
+            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers)
+            report_scores(log, progress, step, scores)
+        if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
+            save_preview(os.path.join(args.out, f"preview-{step:07d}.png"), state["ema"], encoder, shown)
+        if rank == 0 and (final or step % args.save_every == 0):
+            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
+            save(last, args.keep_every, state, step=step, **about)
         if stopped:
             break
-        tick = time.time()
-    progress.close()
-
-    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if rank == 0:
-        done = "" if step == steps else "; stopped, the same command goes on from here"
-        done += f"; {broken} broken images were replaced by others" if broken else ""
-        print(f"{last}: step {step} of {steps}{done}", file=sys.stderr)
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def parse_args(argv=None):
-    parser = rae_encoder.training_parser(__doc__)
-    add = parser.add_argument
-    add("--decoder", help=", ".join(DECODERS))
-    add("--patch-size", type=int, help="pixels a side of a decoder token; default image size / tokens a side")
-    add("--noise-tau", type=float, help="latent noise: sigma ~ U(0, tau) for each image")
-    add("--lpips-weight", type=float, help="0 goes without LPIPS")
-    add("--lpips-weights", choices=["hub", "random"], help="VGG-16: torchvision's, or untrained")
-    add("--gan-weight", type=float, help="0 goes without GAN")
-    add("--disc-weights", help="DINO ViT-S/8: file with timm's keys, or `random`; default: the hub")
-    add("--disc-start", type=float, help="epoch from which the discriminator learns")
-    add("--gan-start", type=float, help="epoch from which the decoder learns from it")
-    add("--warmup-epochs", type=float, help="linear warm-up of the learning rate")
-    add("--eval-data", help="folder or .tar of held-out images, for PSNR, LPIPS and the preview")
-    add("--eval-every", type=int, help="steps")
-    args = rae_encoder.parse_with_presets(parser, PRESETS, argv)
-    if args.gan_weight and args.gan_start < args.disc_start:
-        raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
-    return args
+    leave(progress, data, device, last, step, steps)
 
 
 if __name__ == "__main__":

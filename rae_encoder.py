@@ -1,20 +1,26 @@
 """Stage 0 of RAE: images in, latents out (arXiv 2510.11690, section 3).
 
 A frozen, pretrained ViT turns an image into a grid of tokens; stage 2 learns in the space of these grids.
-Both trainings take from here the images, the encoder, the statistics that normalise the latents, and flags.
+Both trainings take from here the images, the encoder, the statistics of its latents, and the common flags.
 
-    torchrun rae_encoder.py --data imagenet/train --encoder dinov2-base --out stats.pt
-    torchrun --nproc_per_node 8 rae_encoder.py --data imagenet/train --encoder dinov2-base --out stats.pt
-    python rae_encoder.py --data my_images --out stats.pt
+    python rae_encoder.py                                # the demo: seconds on a laptop's CPU
+    torchrun rae_encoder.py --data my_images --out stats.pt
+    torchrun --nproc_per_node 8 rae_encoder.py --preset imagenet256 --data imagenet/train --out stats.pt
 
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G tokens, S image size.
 """
 
 import argparse
+import contextlib
 import ctypes
+import datetime
+import difflib
+import hashlib
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 
@@ -23,18 +29,30 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
-from timm.data.readers import set_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import load_state_dict
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Images and encoder of the presets that all scripts share. The demo's encoder is small and untrained.
+DEMO = {
+    "data": "data/demo",
+    "image_size": 32,
+    "encoder": "test_vit",
+    "encoder_weights": "random",
+    "encoder_size": 64,
+    "workers": 2,
+}
+SMALL = {"image_size": 64, "encoder": "dinov2-small", "encoder_size": 112}  # 8x8 tokens of width 384
+PRESETS = {
+    "demo": DEMO | {"batch_size": 100},
+    "small": SMALL,
+    "imagenet256": {},
+    "imagenet512": {"image_size": 512, "batch_size": 64},
+}
 # The tag is part of the name: the mean and std of the training images come with it.
 ALIASES = {
     "dinov2-small": "vit_small_patch14_reg4_dinov2.lvd142m",
@@ -43,46 +61,379 @@ ALIASES = {
     "siglip2-base": "vit_base_patch16_siglip_256.v2_webli",
     "mae-base": "vit_base_patch16_224.mae",
 }
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-IMAGENET = dict(
-    encoder="dinov2-base", image_size=256, batch_size=256, precision="bf16", workers=8, seed=0,
-    out="stats.pt",
-)  # fmt: skip
-DEMO = dict(data="data/demo", encoder="test_vit", encoder_weights="random", encoder_size=64, image_size=32)
-PRESETS = {
-    "demo": IMAGENET | DEMO | dict(batch_size=100, workers=2),
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(image_size=512, batch_size=64),
+UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
-def read_image(file):
-    """An open file or path -> PIL image in RGB: upright by its EXIF tag, transparency laid on white.
+def parse_args(argv=None):
+    parser = common_parser(__doc__, PRESETS)
+    add = parser.add_argument_group("output").add_argument
+    add("--num", type=count, help="images, drawn evenly; default: all")
+    add("--out", default="stats.pt", help="file for the statistics (%(default)s)")
+    return parse_with_preset(parser, PRESETS, argv)
 
-    Raises whatever Pillow meets in a broken file.
+
+# Flags: what the scripts have in common
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake ends in one line, which names the nearest flag."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1)
+            message += f" (perhaps {near[0]}?)" if near else ""
+        raise SystemExit(f"{self.prog}: {message}; --help lists the flags")
+
+
+def bounded(convert, fits, expected):
+    """An argparse type: convert(text) where that fits, else an error that says what was expected."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+
+    return parse
+
+
+count = bounded(int, lambda value: value >= 1, "a whole number from 1")
+whole = bounded(int, lambda value: value >= 0, "a whole number from 0")
+positive = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
+amount = bounded(float, lambda value: 0 <= value < math.inf, "a number from 0")
+fraction = bounded(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def common_parser(description, presets):
+    """A parser with the flags of every stage that encodes images."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    help = "the defaults of other flags; default: small with --data, demo without"
+    parser.add_argument("--preset", choices=presets, help=help)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
+    add("--image-size", type=count, default=256, help="pixels a side (%(default)s)")
+    add("--skip-broken", action="store_true", help="replace broken images by others and count them")
+    add(
+        "--workers",
+        type=whole,
+        default=min(8, os.cpu_count()),
+        help="loading processes of a rank (%(default)s)",
+    )
+
+    add = parser.add_argument_group("encoder").add_argument
+    names = ", ".join(ALIASES)
+    add("--encoder", default="dinov2-base", help=f"{names}, or any timm ViT by its full name (%(default)s)")
+    add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the hub's")
+    add("--encoder-size", type=count, help="pixels a side that it sees; default: patch * image size / 16")
+
+    add = parser.add_argument_group("computing").add_argument
+    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
+    add("--seed", type=whole, default=0, help="of every random number (%(default)s)")
+    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    return parser
+
+
+def training_parser(description, presets):
+    """common_parser with the flags that both trainings take; returns it and their group."""
+    parser = common_parser(description, presets)
+    group = parser.add_argument_group("training")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, help="passes over the data (%(default)s)")
+    length.add_argument("--steps", type=count, help="instead of --epochs (%(default)s)")
+    add = group.add_argument
+    add("--accum", type=count, default=1, help="micro-batches a step, to save memory (%(default)s)")
+    add("--lr", type=amount, default=2e-4, help="AdamW's learning rate, the paper's (%(default)s)")
+    add("--final-lr", type=amount, default=2e-5, help="where its decay ends, the paper's (%(default)s)")
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
+    add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    add("--init", metavar="FILE", help="weights that a new run starts from: a checkpoint or a released file")
+    add(
+        "--resume", metavar="FILE", help="checkpoint to go on from; default: the run folder's last.pt, if any"
+    )
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png (%(default)s)")
+    add("--log-every", type=count, default=100, help="steps (%(default)s)")
+    add("--preview-every", type=whole, default=2500, help="steps; 0 is off (%(default)s)")
+    add("--save-every", type=count, default=2500, help="steps between versions of last.pt (%(default)s)")
+    add("--keep-every", type=count, help="steps between copies that stay, a multiple of --save-every")
+    return parser, group
+
+
+def parse_with_preset(parser, presets, argv):
+    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
+    # --preset and --data decide the other defaults, so they are looked at first.
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--data")
+    given = first.parse_known_args(argv)[0]
+    name = given.preset or ("small" if given.data else "demo")
+    parser.set_defaults(**presets.get(name, {}), preset=name)
+    args = parser.parse_args(argv)
+
+    if not args.data:
+        raise SystemExit(f"--preset {name} needs --data DIR")
+    if name == "demo" and given.data:
+        raise SystemExit(
+            f"--data {given.data}: the demo draws its own images; leave one of the two flags out"
+        )
+    return args
+
+
+# Devices and files
+
+
+def choose_device(name=None, local_rank=0):
+    """The torch device of --device: by default CUDA where there is one, else the CPU.
+
+    Raises SystemExit where this machine has no such device, or too few for its ranks.
     """
-    image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != name:
+        raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
+    devices = torch.accelerator.device_count()
+    if local_rank >= devices:
+        raise SystemExit(f"more processes than {name} devices: --nproc_per_node {devices}")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(name, local_rank)
+
+
+def choose_precision(asked, device):
+    """("bf16" or "fp32", why): --precision, or bf16 where the device multiplies it in hardware."""
+    if device.type in ("cuda", "xpu"):
+        hardware = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+    else:
+        # Before torch 2.10 a CPU does not tell. An emulated bf16 product takes five times fp32's time.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        names = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+        hardware = device.type == "cpu" and any(capabilities.get(name) for name in names)
+
+    if asked == "bf16" and not hardware:
+        return asked, "as asked, but not in this hardware: up to five times slower than fp32"
+    if asked:
+        return asked, "as asked"
+    return ("bf16", "in hardware") if hardware else ("fp32", "no bf16 in hardware")
+
+
+def join_ranks(device_name):
+    """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        # An hour, since the others wait while rank 0 saves and draws a preview.
+        options = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(timeout=datetime.timedelta(hours=1), **options)
+    return rank, world, device
+
+
+def keep_freed_memory(device):
+    """glibc gives large blocks back at every free; new pages cost a CPU 10 to 20 % of a training step."""
+    if sys.platform == "linux" and device.type == "cpu":
+        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+
+
+def set_up(args):
+    """What the scripts that read images begin with; returns (rank, world size, device)."""
+    rank, world, device = join_ranks(args.device)
+    keep_freed_memory(device)
+    if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
+        try:
+            draw_demo(args.data)
+        except OSError as error:
+            raise SystemExit(f"{args.data}: the demo's images can't be drawn ({reason(error)})") from None
+    if world > 1:
+        dist.barrier()
+    return rank, world, device
+
+
+def reason(error):
+    """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):
+        lines = lines[1:]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def read_weights(path, flag):
+    """The dict in the .safetensors or .pt file that `flag` names, read without running code.
+
+    Raises SystemExit for a file that is not there or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise SystemExit(f"{flag} {path}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    except Exception as error:  # torch and safetensors raise many kinds
+        raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
+
+
+def write_file(path, write):
+    """Calls write(file) on a file beside `path` and then renames it: nobody ever reads half of one.
+
+    Raises SystemExit where that fails, as on a full disk.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise SystemExit(f"{path}: can't be written ({reason(error)})") from None
+
+
+def fingerprint(tensors):
+    """A short hash of the values of all tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def check_pair(flow, flow_name, decoder, decoder_name):
+    """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
+    for key in ("encoder", "encoder_hash", "encoder_size", "latent_shape"):
+        if key in flow and key in decoder and flow[key] != decoder[key]:
+            one = f"{flow_name} has {key} {flow[key]}"
+            raise SystemExit(f"{one}, {decoder_name} has {decoder[key]}: they are no pair")
+
+
+# Images
+
+
+def natural_order(names):
+    """Names sorted with numbers by value; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
+    split = re.compile("([0-9]+)").split
+
+    def key(name):
+        parts = split(name.lower())  # text and digits take turns
+        parts[1::2] = map(int, parts[1::2])
+        return parts
+
+    return sorted(sorted(names), key=key)  # sorting leaves ties as they are
+
+
+def list_images(root, flag):
+    """The images below the folder `root`, which `flag` names -> classes, names, labels, left_out.
+
+    classes: the folders with images, relative to root (root itself is ""), each level in natural order. names
+    (N,), bytes: the file names, class by class, each in natural order. labels (N,), int32: the class of each.
+    left_out: what was not taken, in words, or "". Links are followed, each real folder is listed once, and
+    names that begin with a dot are skipped. Raises SystemExit where a folder can't be read, where images lie
+    beside class folders, and where there is no image.
+    """
+
+    def refuse(error):
+        raise SystemExit(f"{flag} {error.filename}: {error.strerror}; expected a folder of images")
+
+    classes = []
+    names = []  # an array a class: a million strings would take 100 MB
+    left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
+    listed = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in listed:
+            left_out["folders listed before"] += 1
+            subfolders.clear()  # a link to itself or a parent ends here
+            continue
+        listed.add((status.st_dev, status.st_ino))
+
+        # os.walk goes on with what is left in this list, in its order.
+        subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
+        files = [name for name in files if name[0] != "."]
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        left_out["files of other kinds"] += len(files) - len(images)
+        if not images:
+            left_out["folders without images"] += not subfolders
+            continue
+
+        # A folder is followed by what is below it: comparing with the class before finds all mixtures.
+        relative = folder[len(os.path.join(root, "")) :]
+        if classes and relative.startswith(os.path.join(classes[-1], "")):
+            beside = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
+            mixture = f"{beside} lies beside the class folder {folder}"
+            raise SystemExit(f"{flag} {root}: {mixture}; move it into a folder of its own, or away")
+        classes.append(relative)
+        names.append(np.array([os.fsencode(name) for name in natural_order(images)]))
+
+    counts = ", ".join(f"{kind} ({count})" for kind, count in left_out.items() if count)
+    if not classes:
+        raise SystemExit(f"{flag} {root}: no {' '.join(EXTENSIONS)} in it; left out: {counts}")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(array) for array in names])
+    return classes, np.concatenate(names), labels, f"left out: {counts}" if counts else ""
+
+
+def to_rgb(image):
+    """An open Pillow image -> RGB, 8 bit: upright by its EXIF tag, 16 bits scaled, transparency on white.
+
+    Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
+    """
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds, in a picture that is whole
+        orientation = None
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+
+    # Pillow's own conversion of 16-bit grey clips at 255.
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(levels.round().astype(np.uint8))
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 def center_crop(image, size):
-    """PIL image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
+    """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image, size, rng):
     """PIL image -> short side to 1.5 size, then a random size x size crop (stage 1, paper appendix)."""
-    short, long = int(1.5 * size), int(1.5 * size * max(image.size) / min(image.size))
+    short = int(1.5 * size)
+    long = int(1.5 * size * max(image.size) / min(image.size))  # as torchvision's Resize
     width, height = (short, long) if image.width <= image.height else (long, short)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = rng.integers(width - size + 1), rng.integers(height - size + 1)
@@ -90,98 +441,125 @@ def random_crop(image, size, rng):
 
 
 class ImageData(Dataset):
-    """The images below a folder or inside a .tar; classes are the leaf folders in natural order.
+    """The images below a folder; classes are its leaf folders in natural order (list_images).
 
     Args:
-        root: folder or .tar file, given by `flag`.
+        root: the folder, given by `flag`.
         size: pixels a side of the images that come out.
         augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
         seed: with the epoch and the index it decides every random number of an image.
         skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
 
     data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
+    `about` names the folder and what in it was left out.
     Raises SystemExit where there is no such folder or no image in it.
     """
 
     def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
-        self.name = f"{flag} {root}"
-        set_img_extensions(EXTENSIONS)
-        folder = os.path.isdir(root)
-        try:  # timm's tar handles are not cached: forked workers would share their position
-            self.reader = ReaderImageFolder(root) if folder else ReaderImageInTar(root, cache_tarfiles=False)
-        except Exception:  # of many kinds
-            kinds = " ".join(EXTENSIONS)
-            raise SystemExit(f"{self.name}: no such folder or .tar, or no {kinds} in it") from None
-        self.classes = list(self.reader.class_to_idx if folder else self.reader.class_name_to_idx)
-        self.size, self.augment, self.seed, self.skip_broken = size, augment, seed, skip_broken
-        self.broken = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()  # workers write into it
+        self.root = str(root)
+        self.flag = flag
+        self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
+        self.about = f"{self.root} ({left_out})" if left_out else self.root
+        self.size = size
+        self.augment = augment
+        self.seed = seed
+        self.skip_broken = skip_broken
+        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()  # workers write into it
 
     def __len__(self):
-        return len(self.reader)
+        return len(self.names)
 
     def __getitem__(self, key):
         epoch, i = key
         for candidate in range(i, i + len(self)):
             candidate %= len(self)
             try:
-                file, label = self.reader[candidate]
-                with file:
-                    image = self.transform(read_image(file), np.random.default_rng((self.seed, epoch, i)))
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(label)  # (S,S,3) -> (3,S,S)
+                with Image.open(self.path(candidate)) as file:
+                    image = to_rgb(file)
             except Exception as error:  # Pillow's decoders raise many kinds
                 self.broken[candidate] = True
                 if not self.skip_broken:
-                    name = self.reader.filename(candidate, absolute=True)
-                    return f"{name}: not a readable image ({error}); repair it, remove it, or --skip-broken"
-        return f"{self.name}: every image is broken"
+                    problem = f"{self.path(candidate)}: not a readable image ({reason(error)})"
+                    return f"{problem}; repair it, remove it, or --skip-broken"
+                continue
+            image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S,S,3) -> (3,S,S)
+            return pixels, int(self.labels[candidate])
+        return f"{self.flag} {self.root}: every image is broken"
+
+    def path(self, i):
+        return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
 
     def transform(self, image, rng):
         if self.augment == "crop":
             return random_crop(image, self.size, rng)
         image = center_crop(image, self.size)
-        return ImageOps.mirror(image) if self.augment == "flip" and rng.random() < 0.5 else image
+        mirrored = self.augment == "flip" and is_mirrored(rng)
+        return ImageOps.mirror(image) if mirrored else image
+
+
+def is_mirrored(rng):
+    """Stage 2 sees half of the images mirrored."""
+    return rng.random() < 0.5
 
 
 def draw_demo(folder, num=2000, size=32):
     """Draws the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
-    rng, scale = np.random.default_rng(0), 8
+    rng = np.random.default_rng(0)
+    temporary = f"{folder}.{os.getpid()}.tmp"
     for i in range(num):
         shape = ("bar", "circle", "ring", "triangle")[i % 4]
-        path = os.path.join(folder + ".tmp", shape)
         fill = tuple(rng.integers(90, 256, 3).tolist())
-        radius = rng.uniform(0.34, 0.46) * size * scale
-        x, y = rng.uniform(radius, size * scale - radius, 2)
-        image = Image.new("RGB", (size * scale, size * scale), (24, 24, 32))
-        draw, box = ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius)
-        if shape == "circle":
-            draw.ellipse(box, fill)
-        elif shape == "ring":
-            draw.ellipse(box, outline=fill, width=int(radius / 2.5))
-        elif shape == "bar":
-            draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
-        else:
-            draw.regular_polygon((x, y, radius), 3, fill=fill)
+
+        # Eight times as large, then averaged down: the edges are smooth.
+        large = 8 * size
+        radius = rng.uniform(0.34, 0.46) * large
+        x, y = rng.uniform(radius, large - radius, 2)
+        image = Image.new("RGB", (large, large), (24, 24, 32))
+        draw_shape(ImageDraw.Draw(image), shape, x, y, radius, fill)
+
+        path = os.path.join(temporary, shape)
         os.makedirs(path, exist_ok=True)
         image.resize((size, size), Image.Resampling.BOX).save(os.path.join(path, f"{i:04d}.png"))
-    os.rename(folder + ".tmp", folder)
+
+    # Another process may have drawn the same meanwhile.
+    if os.path.isdir(folder):
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, folder)
 
 
-def training_order(count, batch_size, seed, first_step, last_step, rank=0, world=1):
+def draw_shape(draw, shape, x, y, radius, fill):
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=int(radius / 2.5))
+    elif shape == "bar":
+        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+    else:
+        draw.regular_polygon((x, y, radius), 3, fill=fill)
+
+
+def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1):
     """The (epoch, index) pairs of this rank's share of every step: a function of (seed, step) alone.
 
     An epoch is a new permutation; what does not fill its last batch is left out.
     """
-    steps_per_epoch, shuffled = count // batch_size, None
+    steps_per_epoch = num // batch_size
+    shuffled = None
     for step in range(first_step, last_step):
         epoch, k = divmod(step, steps_per_epoch)
-        if shuffled != epoch:
-            shuffled, order = epoch, np.random.default_rng((seed, epoch)).permutation(count).tolist()
-        yield [(epoch, i) for i in order[k * batch_size : (k + 1) * batch_size][rank::world]]
+        if epoch != shuffled:
+            order = np.random.default_rng((seed, epoch)).permutation(num)
+            shuffled = epoch
+        batch = order[k * batch_size : (k + 1) * batch_size].tolist()
+        yield [(epoch, i) for i in batch[rank::world]]
 
 
-def even_order(count, num, batch_size, rank=0, world=1):
-    """This rank's share of `num` images drawn evenly from `count`, in batches of `batch_size`."""
-    mine = [(0, i * count // num) for i in range(rank, num, world)]
+def even_order(total, num, batch_size, rank=0, world=1):
+    """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
+    mine = [(0, i * total // num) for i in range(rank, num, world)]
     return [mine[j : j + batch_size] for j in range(0, len(mine), batch_size)]
 
 
@@ -201,12 +579,22 @@ def load_images(data, order, device, workers=0):
 
     Raises SystemExit at a broken image.
     """
-    options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    for batch in DataLoader(data, batch_sampler=order, collate_fn=collate, **options):
+    loader = DataLoader(
+        data,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
         if isinstance(batch, str):
             raise SystemExit(batch)
         images, labels = batch
         yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
+
+
+# Encoder
 
 
 def timm_name(name):
@@ -219,29 +607,38 @@ def timm_name(name):
 
 def load_vit(name, weights, flag="--encoder"):
     """timm's ViT `name` with weights from the hub (None), from a file, or "random"; see Encoder."""
-    # Hugging Face's SigLIP 2 uses the tanh form of GELU: without it latents differ by 2e-3.
-    options = {"act_layer": "gelu_tanh"} if "siglip" in name else {}
-    if weights not in (None, "random") and not os.path.isfile(weights):
-        raise SystemExit(f"{flag}-weights {weights}: no such file (`random` for an untrained network)")
+    options = {}
+    if "siglip" in name:
+        options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
+    if weights not in (None, "random"):
+        state = read_vit(weights, f"{flag}-weights")
+        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints every retry
+
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
-            if weights not in (None, "random"):
-                # Without the classifier, timm loads strictly.
-                state = {key: value for key, value in load_state_dict(weights).items() if key[:5] != "head."}
-                options["pretrained_cfg_overlay"] = dict(state_dict=state, num_classes=0)
-            vit = timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
-    except Exception as error:  # timm, safetensors and the hub raise many kinds
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        problem = f"{flag}-weights {weights}: no weights of timm's {name} ({reason})"
-        if not weights:
-            wanted = f"model.safetensors of {timm.get_pretrained_cfg_value(name, 'hf_hub_id')}"
-            problem = f"{flag} {name}: {wanted} can't be had from the Hugging Face hub ({reason})"
-        raise SystemExit(f"{problem}; {flag}-weights FILE takes a local copy") from None
-    if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "set_input_size"):
-        raise SystemExit(f"--encoder {name}: not a plain ViT, with patch_embed and tokens of one size")
-    return vit
+            return timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
+    except Exception as error:  # timm and the hub raise many kinds
+        if weights:
+            problem = f"{flag}-weights {weights}: no weights of timm's {name}"
+        else:
+            repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+            problem = (
+                f"{flag} {name}: model.safetensors of {repository} can't be fetched from the Hugging Face hub"
+            )
+        raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
+
+
+def read_vit(path, flag):
+    """The state dict of a ViT's file without its classifier, so that timm loads it strictly."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{flag} {path}: no such file (`random` for an untrained network)")
+    try:
+        state = load_state_dict(path)
+    except Exception as error:  # torch and safetensors raise many kinds
+        raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
+    return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 class Encoder(nn.Module):
@@ -254,30 +651,42 @@ class Encoder(nn.Module):
         encoder_size: pixels a side that the ViT sees; default: patch * image_size / 16.
         weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
 
-    Attributes: width C, grid G, encoder_size, mean and std (3,1,1).
-    Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that can't be had.
+    Attributes: width C, grid G, encoder_size, hash of the weights, mean and std (3,1,1).
+    Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that don't fit.
     """
 
     def __init__(self, name, encoder_size=None, image_size=256, weights=None):
         super().__init__()
         self.vit = load_vit(timm_name(name), weights)
+        plain = hasattr(self.vit, "num_prefix_tokens") and hasattr(self.vit, "set_input_size")
+        if not plain or not isinstance(self.vit.patch_embed, PatchEmbed):
+            raise SystemExit(f"--encoder {name}: not a plain ViT, with patches and tokens of one size")
+        self.hash = fingerprint(self.vit.state_dict().values())
+
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // 16
         if self.encoder_size % patch:
             raise SystemExit(f"--encoder-size {self.encoder_size}: no multiple of the patch size, {patch}")
-        native = self.vit.pos_embed
-        self.vit.set_input_size(self.encoder_size)
-        if self.vit.pretrained_cfg.get("tag") == "mae":  # timm antialiases, Hugging Face's MAE: 0.05 apart
-            grid = self.vit.patch_embed.grid_size
-            position = resample_abs_pos_embed(native, grid, num_prefix_tokens=1, antialias=False)
-            self.vit.pos_embed = nn.Parameter(position)
+        self.width = self.vit.embed_dim
+        self.grid = self.encoder_size // patch
+        self.resize_positions()
 
-        self.width, self.grid = self.vit.embed_dim, self.encoder_size // patch
         eps = getattr(self.vit.norm, "eps", 1e-6)
         self.vit.norm = nn.LayerNorm(self.width, eps, elementwise_affine=False)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
         self.eval().requires_grad_(False)
+
+    def resize_positions(self):
+        """Fits the ViT to encoder_size, with its positions resampled as the authors' models do it."""
+        native = self.vit.pos_embed
+        self.vit.set_input_size(self.encoder_size)
+        # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
+        if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.vit.pretrained_cfg["architecture"]:
+            grid = self.vit.patch_embed.grid_size
+            prefix = native.shape[1] - math.isqrt(native.shape[1]) ** 2  # MAE's class token
+            position = resample_abs_pos_embed(native, grid, num_prefix_tokens=prefix, antialias=False)
+            self.vit.pos_embed = nn.Parameter(position)
 
     @torch.no_grad()
     def forward(self, x):
@@ -288,158 +697,93 @@ class Encoder(nn.Module):
         return tokens.float().mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
 
 
-def latent_statistics(encoder, data, num, batch_size, precision="bf16", workers=0, rank=0, world=1):
-    """Mean and population variance, each (C,G,G), of the latents of `num` images and their mirrors.
+# Latent statistics
 
-    The images are drawn evenly. Exact: float64 sums in one pass, added over the ranks. (The released code
-    keeps a momentum-0.1 running average, which depends on order and batch size.)
+
+def encode_views(encoder, data, order, workers=0):
+    """Yields the latents (B,2,C,G,G) of images and of their mirrors, and labels (B,), for each list of keys.
+
+    In fp32, as released: in bf16 they are 1.1 % off.
     """
-    device = encoder.mean.device
-    total = torch.zeros(2, encoder.width, encoder.grid, encoder.grid, dtype=torch.float64, device=device)
-    order = even_order(len(data), num, max(1, batch_size // world), rank, world)
-    batches = load_images(data, order, device, workers)
-    for images, _ in tqdm(batches, total=len(order), desc="latent statistics", disable=rank > 0):
-        for view in (images, images.flip(-1)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                z = encoder(view).double()  # (B,C,G,G)
-            total += torch.stack([z.sum(0), z.square().sum(0)])
-    if world > 1:
+    for images, labels in load_images(data, order, encoder.mean.device, workers):
+        yield torch.stack([encoder(images), encoder(images.flip(-1))], dim=1), labels
+
+
+def latent_statistics(latents):
+    """Mean and population variance, each (C,G,G), of this and all other ranks' latents (B,2,C,G,G).
+
+    Exact: float64 sums in one pass. (The released code keeps a momentum-0.1 running average, which depends on
+    order and batch size.)
+    """
+    number = 0
+    total = 0
+    for z in latents:
+        z = z.flatten(0, 1)  # (2B,C,G,G)
+        z = z.cpu().double() if z.device.type == "mps" else z.double()  # mps has no float64
+        total = total + torch.stack([z.sum(0), z.square().sum(0)])
+        number += len(z)
+    number = total.new_tensor(number)
+    if dist.is_initialized():
         dist.all_reduce(total)
-    mean, square = total / (2 * num)
+        dist.all_reduce(number)
+    mean, square = total / number
     return mean.float(), (square - mean.square()).float()
 
 
-def read_weights(path, hint=""):
-    """The dict in a .safetensors or .pt file, read without running code. Raises SystemExit for others."""
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file{hint}") from None
-    except Exception as error:  # torch and safetensors raise many kinds
-        raise SystemExit(f"{path}: not a weights file ({type(error).__name__}){hint}") from None
+def load_statistics(path, latent_shape, flag="--stats"):
+    """Mean and variance, each (C,G,G), in the file that `flag` names, ours or released.
 
-
-def load_statistics(path, latent_shape):
-    """Reads {"mean", "var"}, each (C,G,G); None, as in released files, or a missing var mean 0 and 1."""
-    file = read_weights(path)
-    tensors = [file.get(key) is None or torch.is_tensor(file[key]) for key in ("mean", "var")]
-    if "mean" not in file or not all(tensors):
-        raise SystemExit(f"--stats {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
-    mean = torch.zeros(*latent_shape) if file["mean"] is None else file["mean"].float()
-    var = torch.ones(*latent_shape) if file.get("var") is None else file["var"].float()
-    if [*mean.shape] != [*latent_shape] or mean.shape != var.shape:
-        raise SystemExit(f"--stats {path}: of latents {[*mean.shape]}, these are {[*latent_shape]}")
-    return mean, var
-
-
-def keep_freed_memory():
-    """glibc gives large blocks back at every free; new pages cost a CPU 10 to 20 % of a training step."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-
-
-def common_parser(description):
-    """A parser with the flags of every stage that trains or encodes; defaults are in the scripts' presets."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--preset", default="demo", choices=PRESETS, help="the defaults of all other flags")
-    add("--data", help="folder or .tar of class folders")
-    add("--image-size", type=int, help="pixels a side")
-    add("--encoder", help=f"{', '.join(ALIASES)}, or any timm ViT by its full name")
-    add("--encoder-weights", help="file with timm's keys, or `random`; default: the hub")
-    add("--encoder-size", type=int, help="pixels a side for the encoder; default patch * image size / 16")
-    add("--batch-size", type=int, help="images a step, over all ranks and micro-batches")
-    add("--precision", choices=["bf16", "fp32"], help="bf16 is autocast over fp32 weights")
-    add("--workers", type=int, help="image loading processes of a rank")
-    add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    add("--seed", type=int, help="of every random number")
-    return parser
-
-
-def training_parser(description):
-    """common_parser with the flags that both trainings take."""
-    parser = common_parser(description)
-    add = parser.add_argument
-    add("--accum", type=int, help="micro-batches a step")
-    add("--epochs", type=float, help="passes over the data")
-    add("--steps", type=int, help="instead of --epochs")
-    add("--lr", type=float, help="AdamW's learning rate")
-    add("--final-lr", type=float, help="where its decay ends")
-    add("--ema", type=float, help="decay of the averaged weights, a step")
-    add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: with CUDA")
-    add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png")
-    add("--init", help="weights that a new run starts from: a checkpoint or a released file")
-    add("--resume", help="checkpoint to go on from; default: last.pt of the run folder, if it is there")
-    for event in ("log", "preview", "save"):
-        add(f"--{event}-every", type=int, help="steps; of previews 0 is off")
-    add("--keep-every", type=int, help="steps between numbered copies that stay; a multiple of --save-every")
-    return parser
-
-
-def parse_with_presets(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for values that can't be meant."""
-    given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**presets[given.preset])
-    if given.preset == "demo" and given.encoder not in (None, DEMO["encoder"]):
-        parser.set_defaults(encoder_weights=None, encoder_size=None)  # those are of the demo's own encoder
-    args = parser.parse_args(argv)
-    if not args.data:
-        raise SystemExit(f"--preset {args.preset} needs --data DIR")
-    positive = "image_size encoder_size patch_size batch_size accum epochs steps shift stats_images num width"
-    positive += " depth heads head_width head_depth head_heads decay_epochs log_every save_every eval_every"
-    for flag, value in vars(args).items():
-        least = "more than 0" if flag in positive.split() else "0 or more"
-        if isinstance(value, int | float) and not (0 <= value < math.inf and (value or least[0] == "0")):
-            raise SystemExit(f"--{flag.replace('_', '-')} {value}: expected {least}")
-    if getattr(args, "ema", 0) >= 1:
-        raise SystemExit(f"--ema {args.ema}: expected less than 1")
-    if getattr(args, "keep_every", None) and args.keep_every % args.save_every:
-        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
-    return args
-
-
-def parse_args(argv=None):
-    parser = common_parser(__doc__)
-    parser.add_argument("--num", type=int, help="images, drawn evenly; default: all")
-    parser.add_argument("--out", help="file for the statistics")
-    return parse_with_presets(parser, PRESETS, argv)
+    A missing or None mean is 0, such a variance 1; one of shape (C,) or (C,1,1) holds for all positions.
+    Raises SystemExit for other files.
+    """
+    file = read_weights(path, flag)
+    moments = []
+    for key, default in (("mean", 0.0), ("var", 1.0)):
+        value = file.get(key)
+        moment = torch.tensor(default) if value is None else value
+        if not {"mean", "var"} & file.keys() or not torch.is_tensor(moment):
+            raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
+        if moment.ndim == 1:
+            moment = moment[:, None, None]
+        try:
+            moments.append(moment.float().expand(*latent_shape))
+        except RuntimeError:
+            shapes = f"of latents {[*moment.shape]}, these are {[*latent_shape]}"
+            raise SystemExit(f"{flag} {path}: {shapes}") from None
+    return moments
 
 
 def main(argv=None):
     args = parse_args(argv)
-    keep_freed_memory()
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world = max(1, world)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world, device = set_up(args)
+
+    # Everything that can be wrong is found before the work
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = args.num or len(data)
     if not 2 <= num <= len(data):
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and statistics need two")
-    folder = os.path.join(os.path.dirname(os.path.abspath(args.out)), "")
+    folder = os.path.dirname(os.path.abspath(args.out))
     if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
-        raise SystemExit(f"--out {args.out}: not a file in a folder that is there and can be written into")
+        raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
     if rank == 0:
-        demo = "The demo: its numbers compare with nothing. " if args.data == DEMO["data"] else ""
-        what = f"{num} images of {args.data}; {args.encoder}; {world} x {device.type}, {args.precision}"
-        print(demo + what, file=sys.stderr)
-    how = (args.batch_size, args.precision, args.workers, rank, world)
-    mean, var = latent_statistics(encoder, data, num, *how)
+        demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+        images = f"{demo}{num} images of {data.about}"
+        print(f"{images}; {args.encoder}; {world} x {device.type}, fp32", file=sys.stderr)
+
+    # One pass over the images and their mirrors
+    order = even_order(len(data), num, max(1, args.batch_size // world), rank, world)
+    views = encode_views(encoder, data, order, args.workers)
+    progress = tqdm(views, total=len(order), desc="latent statistics", disable=rank > 0)
+    mean, var = latent_statistics(z for z, _ in progress)
     broken = data.broken.to(device).int()
     if world > 1:
         dist.all_reduce(broken)
+
     if rank == 0:
-        torch.save({"mean": mean.cpu(), "var": var.cpu()}, args.out + ".tmp")
-        os.replace(args.out + ".tmp", args.out)
-        replaced = f"; {broken.count_nonzero()} broken images were replaced by others" * bool(broken.any())
+        statistics = {"mean": mean.cpu(), "var": var.cpu()}
+        write_file(args.out, lambda file: torch.save(statistics, file))
+        replaced = f"; {broken.count_nonzero()} broken images were replaced by others" if broken.any() else ""
         print(f"{args.out}: mean and variance of {num} images, {[*mean.shape]}{replaced}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
