@@ -34,6 +34,8 @@ import dit_dh
 import rae_encoder
 from rae_encoder import (
     DEMO,
+    OLDER,
+    RAEV2,
     SMALL,
     Encoder,
     ImageData,
@@ -100,6 +102,7 @@ PRESETS = {
     },
     "imagenet256": {"epochs": 1400},
     "imagenet512": {"epochs": 1400, "image_size": 512},
+    "raev2": RAEV2 | {"epochs": 80, "hold_epochs": 25, "decay_epochs": 50},
 }
 
 
@@ -463,7 +466,7 @@ def resume(source, form, config, state, steps):
         raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
     checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
-        before = checkpoint["config"].get(key, value)  # those of older versions may lack it
+        before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
         if before != value:
             raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
     if checkpoint["step"] > steps:
@@ -518,7 +521,7 @@ def leave(progress, data, device, last, step, steps):
 
 def build(args, num_classes, device):
     """(encoder, network), as the flags say, on the device."""
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights)
+    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     sizes = {name: getattr(args, name) for name in SIZES}
     network = dit_dh.build(args.model, (encoder.width, encoder.grid, encoder.grid), num_classes, **sizes)
     network.checkpoint_activations = args.checkpoint_activations
@@ -553,6 +556,7 @@ def describe(args, encoder, network, classes):
         "image_size": args.image_size,
         "model": args.model,
         "sizes": network.sizes,
+        "layers": args.layers,
         "latent_shape": latent_shape,
         "classes": classes,
         "num_classes": len(classes),

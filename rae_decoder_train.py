@@ -39,6 +39,8 @@ from tqdm import tqdm
 import rae_encoder
 from rae_encoder import (
     DEMO,
+    OLDER,
+    RAEV2,
     SMALL,
     Encoder,
     ImageData,
@@ -95,6 +97,7 @@ PRESETS = {
     },
     "imagenet256": {"epochs": 16},
     "imagenet512": {"epochs": 16, "image_size": 512},
+    "raev2": RAEV2 | {"epochs": 16},
 }
 
 
@@ -104,7 +107,10 @@ def parse_args(argv=None):
     add = training.add_argument
     add("--ema", type=fraction, default=0.9978, help="decay of the averaged weights, a step (%(default)s)")
     add("--warmup-epochs", type=amount, default=1, help="linear warm-up of the learning rate (%(default)s)")
-    add("--noise-tau", type=amount, default=0.8, help="latent noise: sigma ~ U(0, tau) (%(default)s)")
+    add("--noise-tau", type=amount, default=0.8, help="strength of the latent noise (%(default)s)")
+    laws = "sigma ~ U(0, tau), released, or |N(0, tau^2)|, the paper's (%(default)s)"
+    add("--noise-law", choices=["uniform", "half-normal"], default="uniform", help=laws)
+    add("--layer-subsets", action="store_true", help="average random subsets of --layers (FuseReg)")
     add("--lpips-weight", type=amount, default=1.0, help="0 goes without LPIPS (%(default)s)")
     add("--lpips-weights", default="hub", help="VGG-16: hub, random, or a file (%(default)s)")
     add("--gan-weight", type=amount, default=0.75, help="0 goes without GAN (%(default)s)")
@@ -134,6 +140,8 @@ def parse_args(argv=None):
     args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
+    if args.layer_subsets and not args.layers:
+        raise SystemExit("--layer-subsets: of what? It needs --layers")
     if args.keep_every and args.keep_every % args.save_every:
         raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
@@ -436,13 +444,32 @@ def learning_rate(step, steps, warmup, lr, final_lr):
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+def draw_subsets(num, layers, device):
+    """Weights (num, layers) that average a random subset: uniform over sizes, then over subsets (FuseReg)."""
+    size = torch.randint(1, layers + 1, (num, 1), device=device)
+    place = torch.rand(num, layers, device=device).argsort(1).argsort(1)  # a permutation a row
+    return (place < size) / size
+
+
 def to_8_bit(images):
     """Images clamped to [0,1] and rounded, not truncated, to the 256 levels of a file."""
     return (images.clamp(0, 1) * 255).round() / 255
 
 
 def decoder_step(
-    model, optimizer, images, z, perceptual, disc, *, noise_tau, lpips_weight, gan_weight, accum, precision
+    model,
+    optimizer,
+    images,
+    z,
+    perceptual,
+    disc,
+    *,
+    noise_tau,
+    noise_law,
+    lpips_weight,
+    gan_weight,
+    accum,
+    precision,
 ):
     """One update by images (B,3,S,S) in [0,1] and latents (B,C,G,G) in `accum` micro-batches.
 
@@ -451,8 +478,9 @@ def decoder_step(
     Returns ({term: its mean over micro-batches and ranks}, finite); where loss or gradients are not finite
     nothing is updated.
     """
-    # As released: sigma ~ U(0, tau) for each image. The paper writes |N(0, tau^2)|.
-    sigma = noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
+    # Each image its own sigma: U(0, tau) as released, or |N(0, tau^2)| as the paper writes.
+    draw = torch.rand if noise_law == "uniform" else torch.randn
+    sigma = noise_tau * draw(len(z), 1, 1, 1, device=z.device).abs()
     z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
     last_weight = getattr(model, "module", model).decoder_pred.weight
@@ -714,7 +742,7 @@ def resume(source, form, config, state, steps):
         raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
     checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
-        before = checkpoint["config"].get(key, value)  # those of older versions may lack it
+        before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
         if before != value:
             raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
     if checkpoint["step"] > steps:
@@ -771,9 +799,8 @@ def build(args, device):
     """(encoder, decoder, perceptual loss or None, discriminator or None), as the flags say, on the device."""
     # With a patch twice as large, 512 px images come from the tokens of 256 px ones.
     size = args.image_size
-    encoder = Encoder(
-        args.encoder, args.encoder_size, size * 16 // (args.patch_size or 16), args.encoder_weights
-    )
+    seen = size * 16 // (args.patch_size or 16)
+    encoder = Encoder(args.encoder, args.encoder_size, seen, args.encoder_weights, args.layers)
     patch = args.patch_size or size / encoder.grid
     if size % patch or patch % 1:
         problem = (
@@ -808,6 +835,7 @@ def describe(args, encoder, decoder):
         "encoder_hash": encoder.hash,
         "encoder_size": encoder.encoder_size,
         "image_size": args.image_size,
+        "layers": args.layers,
         "latent_shape": [encoder.width, encoder.grid, encoder.grid],
         "decoder": {
             "name": args.decoder,
@@ -818,6 +846,7 @@ def describe(args, encoder, decoder):
             "std": encoder.std.flatten().tolist(),
         },
         "noise_tau": args.noise_tau,
+        "noise_law": args.noise_law,
         "gan": args.gan_weight > 0,
     }
 
@@ -850,6 +879,7 @@ def step_options(args, precision):
     """The keyword arguments of decoder_step."""
     return {
         "noise_tau": args.noise_tau,
+        "noise_law": args.noise_law,
         "lpips_weight": args.lpips_weight,
         "gan_weight": args.gan_weight,
         "accum": args.accum,
@@ -903,7 +933,8 @@ def main(argv=None):
         seed_step(args.seed, step, rank)
         lr = set_learning_rate(state["optimizer"], learning_rate(step, steps, warmup, args.lr, args.final_lr))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = encoder(images)  # (B, C, G, G)
+            subsets = draw_subsets(len(images), len(args.layers), device) if args.layer_subsets else None
+            z = encoder(images, subsets)  # (B, C, G, G)
         critic = disc if step >= gan_start else None
         terms, finite = decoder_step(model, state["optimizer"], images, z, perceptual, critic, **how)
         if finite:

@@ -46,21 +46,27 @@ DEMO = {
     "encoder_size": 64,
     "workers": 2,
 }
+RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}  # Singh et al. 2026, K = 7
 SMALL = {"image_size": 64, "encoder": "dinov2-small", "encoder_size": 112}  # 8x8 tokens of width 384
 PRESETS = {
     "demo": DEMO | {"batch_size": 100},
     "small": SMALL,
     "imagenet256": {},
     "imagenet512": {"image_size": 512, "batch_size": 64},
+    "raev2": RAEV2,
 }
 # The tag is part of the name: the mean and std of the training images come with it.
 ALIASES = {
     "dinov2-small": "vit_small_patch14_reg4_dinov2.lvd142m",
     "dinov2-base": "vit_base_patch14_reg4_dinov2.lvd142m",
     "dinov2-large": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov3-small": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3-base": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3-large": "vit_large_patch16_dinov3.lvd1689m",
     "siglip2-base": "vit_base_patch16_siglip_256.v2_webli",
     "mae-base": "vit_base_patch16_224.mae",
 }
+OLDER = {"layers": None, "noise_law": "uniform"}  # what a checkpoint's config means where it lacks a key
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
@@ -120,6 +126,14 @@ amount = bounded(float, lambda value: 0 <= value < math.inf, "a number from 0")
 fraction = bounded(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
+def layer_list(text):
+    """An argparse type: blocks as 5,7,9,11, two or more, ascending, from 0."""
+    layers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+    if len(layers) < 2 or layers != sorted(set(layers)) or layers[0] < 0:
+        raise argparse.ArgumentTypeError(f"expected two or more blocks, ascending, as 5,7,9,11, got {text}")
+    return layers
+
+
 def common_parser(description, presets):
     """A parser with the flags of every stage that encodes images."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -143,6 +157,12 @@ def common_parser(description, presets):
     add("--encoder", default="dinov2-base", help=f"{names}, or any timm ViT by its full name (%(default)s)")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the hub's")
     add("--encoder-size", type=count, help="pixels a side that it sees; default: patch * image size / 16")
+    add(
+        "--layers",
+        type=layer_list,
+        metavar="I,J,...",
+        help="blocks to average, from 0 (RAEv2); default: the last alone",
+    )
 
     add = parser.add_argument_group("computing").add_argument
     add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
@@ -321,7 +341,9 @@ def fingerprint(tensors):
 
 def check_pair(flow, flow_name, decoder, decoder_name):
     """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
-    for key in ("encoder", "encoder_hash", "encoder_size", "latent_shape"):
+    flow = OLDER | flow
+    decoder = OLDER | decoder
+    for key in ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape"):
         if key in flow and key in decoder and flow[key] != decoder[key]:
             one = f"{flow_name} has {key} {flow[key]}"
             raise SystemExit(f"{one}, {decoder_name} has {decoder[key]}: they are no pair")
@@ -649,13 +671,14 @@ class Encoder(nn.Module):
     Args:
         name: an alias of ALIASES, or any timm ViT by its full name with tag.
         encoder_size: pixels a side that the ViT sees; default: patch * image_size / 16.
+        layers: numbers of blocks, from 0, whose outputs are averaged (RAEv2); default: the last alone.
         weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
 
-    Attributes: width C, grid G, encoder_size, hash of the weights, mean and std (3,1,1).
+    Attributes: width C, grid G, encoder_size, layers, hash of the weights, mean and std (3,1,1).
     Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that don't fit.
     """
 
-    def __init__(self, name, encoder_size=None, image_size=256, weights=None):
+    def __init__(self, name, encoder_size=None, image_size=256, weights=None, layers=None):
         super().__init__()
         self.vit = load_vit(timm_name(name), weights)
         plain = hasattr(self.vit, "num_prefix_tokens") and hasattr(self.vit, "set_input_size")
@@ -670,6 +693,9 @@ class Encoder(nn.Module):
         self.width = self.vit.embed_dim
         self.grid = self.encoder_size // patch
         self.resize_positions()
+        self.layers = layers
+        if layers and layers[-1] >= len(self.vit.blocks):
+            raise SystemExit(f"--layers: {name} has blocks 0 to {len(self.vit.blocks) - 1}, not {layers[-1]}")
 
         eps = getattr(self.vit.norm, "eps", 1e-6)
         self.vit.norm = nn.LayerNorm(self.width, eps, elementwise_affine=False)
@@ -689,12 +715,24 @@ class Encoder(nn.Module):
             self.vit.pos_embed = nn.Parameter(position)
 
     @torch.no_grad()
-    def forward(self, x):
+    def forward(self, x, weights=None):
+        """weights: (B,L), of the layers in the average of each image; default: 1 / L each."""
         if x.shape[-2:] != (self.encoder_size, self.encoder_size):
             x = F.interpolate(x, size=self.encoder_size, mode="bicubic", align_corners=False)
-        tokens = self.vit.forward_features((x - self.mean) / self.std)  # (B, prefix + N, C)
-        tokens = tokens[:, self.vit.num_prefix_tokens :]  # (B,N,C) class and registers dropped
-        return tokens.float().mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
+        x = (x - self.mean) / self.std
+        if self.layers:
+            tokens = self.average(x, weights)
+        else:
+            tokens = self.vit.forward_features(x)  # (B, prefix + N, C)
+            tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B,N,C) class and registers dropped
+        return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
+
+    def average(self, x, weights):
+        """The layers' normalised tokens, averaged, plus the last one's spatial mean (RAEv2, eq. 1; as released)."""
+        options = {"norm": True, "stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
+        layers = torch.stack(self.vit.forward_intermediates(x, self.layers, **options)).float()  # (L,B,N,C)
+        mean = layers.mean(0) if weights is None else torch.einsum("bl,lbnc->bnc", weights, layers)
+        return mean + layers[-1].mean(1, keepdim=True)  # (B,N,C) + (B,1,C)
 
 
 # Latent statistics
@@ -765,7 +803,8 @@ def main(argv=None):
     folder = os.path.dirname(os.path.abspath(args.out))
     if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
+    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
+    encoder.to(device)
     if rank == 0:
         demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
         images = f"{demo}{num} images of {data.about}"
