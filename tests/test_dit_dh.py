@@ -104,6 +104,13 @@ def naive_velocity(model, family, x, t, y):
     return h.T.reshape(-1, grid, grid)
 
 
+def test_position_is_exact_to_fp32():
+    """Angles computed in fp32 would be off by 8e-7 here."""
+    embedding = dit_dh.sincos_position(64, 32)
+    assert embedding.dtype == torch.float32 and embedding.shape == (1, 32 * 32, 64)
+    assert (embedding[0].double() - position(64, 32)).abs().max() <= 2**-25  # half a step of fp32 below 1
+
+
 @pytest.mark.parametrize("family", SMALL)
 def test_agrees_with_naive_formulas(family):
     model, inputs = small(family)
@@ -219,10 +226,24 @@ def test_norm_is_computed_in_fp32():
     assert torch.allclose(norm(x, zero, zero), torch.ones(()).half(), rtol=0.006)
 
 
-@pytest.mark.parametrize("level", ["bare", "ema", "nested", "safetensors"])
-@pytest.mark.parametrize("family", ["DiT", "DiT-DH", "DiT-DH of one width", "DiT-DH with patches"])
+def under(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+LEVELS = {
+    "bare": lambda state, other: state,
+    "ema": lambda state, other: {"model": other, "ema": state},
+    "nested": lambda state, other: {"model": {"state_dict": under("module.", state)}},
+    "compiled": lambda state, other: {"ema": under("_orig_mod.", state), "epoch": 3},
+    "compiled under DDP": lambda state, other: under("module._orig_mod.", state),
+    "DDP under compile": lambda state, other: under("_orig_mod.module.", state),
+}
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "safetensors"])
+@pytest.mark.parametrize("family", ["DiT", "DiT-DH", "DiT-DH of one width"])
 def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, level):
-    special = {"DiT-DH of one width": {"head_width": 32}, "DiT-DH with patches": {"patch": 2}}
+    special = {"DiT-DH of one width": {"head_width": 32}}
     model, inputs = small(family.split()[0], **special.get(family, {}))
     state, file = model.state_dict(), tmp_path / "model.pt"
     other = {key: torch.zeros_like(value) for key, value in state.items()}
@@ -230,19 +251,20 @@ def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, leve
         file = tmp_path / "model.safetensors"
         save_file(state, file)
     else:
-        nested = {"model": {"state_dict": {f"module.{key}": value for key, value in state.items()}}}
-        torch.save({"bare": state, "ema": {"model": other, "ema": state}, "nested": nested}[level], file)
+        torch.save(LEVELS[level](state, other), file)
     loaded = dit_dh.load(file)
     assert not loaded.training and type(loaded) is type(model)
     assert (loaded.sizes, loaded.latent_shape, loaded.num_classes) == (model.sizes, SHAPE, CLASSES)
     assert torch.equal(loaded(*inputs), model(*inputs))
 
 
-def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("more_sizes", [{}, {"patch": 1}])  # older checkpoints hold the patch size
+def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path, more_sizes):
     # A head of one block and the body's width: only the config knows.
     model, inputs = small("DiT-DH", head_width=32, head_depth=1)
     state = model.state_dict()
-    config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES, "sizes": model.sizes}
+    config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES}
+    config["sizes"] = model.sizes | more_sizes
     online = {key: torch.zeros_like(value) for key, value in state.items()}
     torch.save(
         {"format": "rae-flow/1", "config": config, "model": online, "ema": state, "step": 3},
@@ -257,37 +279,72 @@ class KeepInput(torch.nn.Module):
         return x
 
 
-def test_patches_follow_the_convolution_and_the_order_row_column_channel():
+def test_tokens_are_positions_row_by_row():
     x = torch.randn(2, 3, 4, 4)
-    embedder = dit_dh.TokenEmbedder(3, 8, 2)
+    embedder = dit_dh.TokenEmbedder(3, 8)
     assert torch.allclose(embedder(x), embedder.proj(x).flatten(2).transpose(1, 2), atol=1e-6)
-    final = dit_dh.FinalLayer(12, 3, 2)
+    final = dit_dh.FinalLayer(3, 3)
     final.linear = torch.nn.Identity()
     final.norm_final = KeepInput()
-    tokens = torch.stack(
-        [x[:, :, r : r + 2, c : c + 2].permute(0, 2, 3, 1).flatten(1) for r in (0, 2) for c in (0, 2)], 1
-    )
-    assert torch.equal(final(tokens, torch.zeros(2, 1, 12)), x)
+    tokens = torch.stack([x[:, :, row, column] for row in range(4) for column in range(4)], 1)
+    assert torch.equal(final(tokens, torch.zeros(2, 1, 3)), x)
 
 
-def test_errors_are_one_line(tmp_path):
-    def message(function, *args, **sizes):
-        with pytest.raises(SystemExit) as error:
-            function(*args, **sizes)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+def test_names_in_any_case():
+    model = dit_dh.build("dit-dh-s", SHAPE, CLASSES, **SMALL["DiT-DH"])
+    assert isinstance(model, dit_dh.DiTDH) and model.sizes == SMALL["DiT-DH"]
+    assert isinstance(dit_dh.build("Dit-s", SHAPE, CLASSES, **SMALL["DiT"], head_width=None), dit_dh.DiT)
 
-    assert "DiT-SIZE" in message(dit_dh.build, "UNet-S", SHAPE, CLASSES)
-    assert "head_width" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, head_width=64)
-    assert "multiple" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, width=100)
+
+def message(function, *args, **options):
+    with pytest.raises(SystemExit) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_errors_of_build_are_one_line():
+    assert "UNet-S: neither DiT-SIZE" in message(dit_dh.build, "UNet-S", SHAPE, CLASSES)
+    assert "DiT-XXL: neither DiT-SIZE" in message(dit_dh.build, "DiT-XXL", SHAPE, CLASSES)
+    assert "has no head_width" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, head_width=64)
+    assert "width 100: must be a multiple" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, width=100)
     assert "head_width 100" in message(dit_dh.build, "DiT-DH-S", SHAPE, CLASSES, head_width=100)
-    for name in ("absent.pt", "absent.safetensors"):
-        assert "no such file; give" in message(dit_dh.load, tmp_path / name)
+
+
+def test_load_names_what_does_not_fit(tmp_path):
+    """The flag, the file and the first key that doesn't fit, in one line."""
+    dit = small("DiT")[0].state_dict()
+    dh = small("DiT-DH")[0].state_dict()
+    wide = torch.ones(9)
+    checkpoint = {"format": "rae-flow/1", "ema": dh}
+    checkpoint["config"] = {"model": "DiT-S", "latent_shape": SHAPE, "num_classes": 9, "sizes": SMALL["DiT"]}
+    files = {
+        "list": ([1, 2], "no dict"),
+        "decoder": ({"format": "rae-decoder/1", "ema": {}}, "is a decoder of rae_decoder_train.py"),
+        "statistics": ({"mean": wide, "var": wide}, "it has no pos_embed"),
+        "number": ({0: wide}, "it has no pos_embed"),
+        "image model": ({"pos_embed": torch.ones(1, 16, 8)}, "it has no x_embedder.proj.weight"),
+        "extra": (dit | {"extra": wide}, "extra is unknown"),
+        "epoch": (dit | {"epoch": 3}, "epoch is unknown"),
+        "shape": (
+            dh | {"final_layer.linear.bias": wide},
+            "linear.bias has the shape [9], not [6]",
+        ),
+        "missing": ({k: v for k, v in dh.items() if k != "t_embedder.W"}, "it has no t_embedder.W"),
+        "patches": (dit | {"x_embedder.proj.weight": torch.ones(32, 6, 2, 2)}, "x_embedder.proj.weight has"),
+        "other config": (checkpoint, "has the shape"),
+    }
+    for name, (content, reason) in files.items():
+        path = tmp_path / f"{name}.pt"
+        torch.save(content, path)
+        line = message(dit_dh.load, path, flag="--init")
+        assert line.startswith(f"--init {path}: ") and reason in line, line
+        assert name == "decoder" or "not a flow checkpoint" in line
+
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
-    torch.save({"format": "rae-decoder/1", "model": {"a": torch.ones(1)}}, tmp_path / "decoder.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({**small("DiT")[0].state_dict(), "extra": torch.ones(1)}, tmp_path / "extra.pt")
-    for name in ("text.pt", "empty.pt", "text.safetensors", "decoder.pt", "list.pt", "extra.pt"):
-        assert "not a flow checkpoint" in message(dit_dh.load, tmp_path / name)
+    for name in ("text.pt", "empty.pt", "text.safetensors"):
+        assert f"--flow {tmp_path / name}: not a flow checkpoint" in message(dit_dh.load, tmp_path / name)
+    for name in ("absent.pt", "absent.safetensors"):
+        assert f"--flow {tmp_path / name}: no such file; give" in message(dit_dh.load, tmp_path / name)
