@@ -2,7 +2,8 @@
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), section 5. The
 blocks are LightningDiT's: RMSNorm, rotary positions, SwiGLU, adaLN-zero. Where paper and released code differ
-this is the code, and the released files load. flow_train.py trains it, sample.py samples. At a prompt:
+this is the code, and the released files load. From RAEv2 (Singh et al. 2026, arXiv 2605.18324): networks that
+predict x, and a second output for internal guidance. flow_train.py trains it, sample.py samples. At a prompt:
 
     model = dit_dh.build("DiT-DH-S", latent_shape=(768, 16, 16), num_classes=1000).eval()
     velocity = model(torch.randn(2, 768, 16, 16), torch.rand(2), torch.tensor([207, 1000]))   # 1000: no class
@@ -13,7 +14,6 @@ K classes, t in [0, 1] with t = 0 data and t = 1 noise.
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ SIZES = {
     "L": {"width": 1024, "depth": 24, "heads": 16},  # 459.923, 621.744
     "XL": {"width": 1152, "depth": 28, "heads": 16},  # 677.248, 838.676
 }
-HEAD = {"head_width": 2048, "head_depth": 2, "head_heads": 16}  # of every DiT-DH
+HEAD = {"head_width": 2048, "head_depth": 2, "head_heads": 16, "base_depth": None}  # of every DiT-DH
 LABEL_DROPOUT = 0.1  # share of labels that training replaces by "no class", for classifier-free guidance
 
 
@@ -216,35 +216,48 @@ def run_blocks(blocks, x, c, rope, recompute):
     return x
 
 
-def init_weights(model, embedders):
-    """The released start: adaLN and output zero, so blocks are identities and the first velocity is 0."""
-    for embedder in embedders:
-        nn.init.xavier_uniform_(embedder.proj.weight)
-        nn.init.zeros_(embedder.proj.bias)
+def init_weights(model):
+    """The released start: adaLN and output zero, so blocks are identities and the first output is 0."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("embedder.proj.weight"):
+            nn.init.xavier_uniform_(parameter)
+        if name.endswith("embedder.proj.bias"):
+            nn.init.zeros_(parameter)
+        if "adaLN_modulation" in name or "layer.linear" in name:
+            nn.init.zeros_(parameter)
 
     labels = model.y_embedder.embedding_table
     time = model.t_embedder.mlp
     for layer in (labels, time[0], time[2]):
         nn.init.normal_(layer.weight, std=0.02)
 
-    zero = [module.adaLN_modulation[1] for module in (*model.blocks, model.final_layer)]
-    for module in (*zero, model.final_layer.linear):
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
+
+def to_velocity(output, x, t, prediction):
+    """What the network puts out at x = x_t and times t (B,) -> velocity, all but t (B, C, G, G).
+
+    For prediction "x" the output is the clean latent, and v = (x_t - output) / max(t, 0.05), in fp32 (RAEv2).
+    """
+    if prediction == "v":
+        return output
+    t = t.float().clamp(min=0.05)[:, None, None, None]  # (B, 1, 1, 1)
+    return (x.float() - output) / t
 
 
 class DiT(nn.Module):
     """The baseline: all blocks and the final layer are conditioned on time + label.
 
-    latent_shape (C, G, G). checkpoint_activations = True trades time for memory in training.
+    latent_shape (C, G, G). prediction: what the blocks put out, "v" or "x"; forward returns v in either case.
+    checkpoint_activations = True trades time for memory in training.
     """
 
-    def __init__(self, *, latent_shape, num_classes, width, depth, heads):
+    def __init__(self, *, latent_shape, num_classes, width, depth, heads, prediction="v"):
         super().__init__()
         channels, grid, _ = latent_shape
         self.latent_shape = tuple(latent_shape)
         self.num_classes = num_classes
         self.sizes = {"width": width, "depth": depth, "heads": heads}
+        self.prediction = prediction
+        self.base_depth = None  # only a DiT-DH has a base
         self.checkpoint_activations = False
 
         self.pos_embed = nn.Parameter(sincos_position(width, grid), requires_grad=False)
@@ -260,25 +273,39 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        init_weights(self, [self.x_embedder])
+        init_weights(self)
 
     def forward(self, x, t, y):
         """Latents x (B, C, G, G), times t (B,) in [0, 1], labels y (B,) in 0..K -> velocity (B, C, G, G)."""
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, W)
         c = c[:, None]  # (B, 1, W)
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, W)
-        x = run_blocks(self.blocks, x, c, self.feat_rope, self.checkpoint_activations)
-        return self.final_layer(x, c)
+        h = self.x_embedder(x) + self.pos_embed  # (B, N, W)
+        h = run_blocks(self.blocks, h, c, self.feat_rope, self.checkpoint_activations)
+        return to_velocity(self.final_layer(h, c), x, t, self.prediction)
 
 
 class DiTDH(nn.Module):
     """DiT with a DDT head: a deep body makes s, which conditions a shallow head token by token.
 
     The head is wider than a token: a narrower network can't fit the noise in it (section 4.1, theorem 1).
-    Arguments and attributes as of DiT.
+    Arguments and attributes as of DiT. base_depth = D adds the base, a second and weaker output that a final
+    layer makes of the tokens after block D of the body (RAEv2, section 5).
     """
 
-    def __init__(self, *, latent_shape, num_classes, width, depth, heads, head_width, head_depth, head_heads):
+    def __init__(
+        self,
+        *,
+        latent_shape,
+        num_classes,
+        width,
+        depth,
+        heads,
+        head_width,
+        head_depth,
+        head_heads,
+        prediction="v",
+        base_depth=None,
+    ):
         super().__init__()
         channels, grid, _ = latent_shape
         self.latent_shape = tuple(latent_shape)
@@ -291,6 +318,8 @@ class DiTDH(nn.Module):
             "head_depth": head_depth,
             "head_heads": head_heads,
         }
+        self.prediction = prediction
+        self.base_depth = base_depth
         self.checkpoint_activations = False
 
         self.pos_embed = nn.Parameter(sincos_position(width, grid), requires_grad=False)
@@ -307,32 +336,47 @@ class DiTDH(nn.Module):
         head = [Block(head_width, head_heads) for _ in range(head_depth)]
         self.blocks = nn.ModuleList(body + head)
         self.final_layer = FinalLayer(head_width, channels)
-        init_weights(self, [self.s_embedder, self.x_embedder])
+        if base_depth is not None:
+            self.base_layer = FinalLayer(width, channels)
+        init_weights(self)
 
-    def forward(self, x, t, y):
-        """Latents x (B, C, G, G), times t (B,) in [0, 1], labels y (B,) in 0..K -> velocity (B, C, G, G)."""
+    def forward(self, x, t, y, with_base=False):
+        """Latents x (B, C, G, G), times t (B,) in [0, 1], labels y (B,) in 0..K -> velocity (B, C, G, G).
+
+        with_base, of a network that has one: (velocity, the base's velocity). Training needs both: its loss
+        is the sum of theirs. Internal guidance (RAEv2, eq. 3) is base + scale * (velocity - base).
+        """
         depth = self.sizes["depth"]
+        middle = self.base_depth or depth
         recompute = self.checkpoint_activations
 
         # The body. Its blocks apply SiLU once more, as released.
         c = F.silu(self.t_embedder(t) + self.y_embedder(y))  # (B, W)
         c = c[:, None]  # (B, 1, W)
         s = self.s_embedder(x) + self.pos_embed  # (B, N, W)
-        s = run_blocks(self.blocks[:depth], s, c, self.enc_feat_rope, recompute)
+        s = run_blocks(self.blocks[:middle], s, c, self.enc_feat_rope, recompute)
+
+        # The base: each token is its own condition.
+        if with_base:
+            q = F.silu(self.t_embedder(t)[:, None] + s)  # (B, N, W)
+            base = to_velocity(self.base_layer(q, q), x, t, self.prediction)
+        s = run_blocks(self.blocks[middle:depth], s, c, self.enc_feat_rope, recompute)
 
         # The head
         s = F.silu(self.t_embedder(t)[:, None] + s)  # (B, N, W)
         s = self.s_projector(s)  # (B, N, head width)
         h = self.x_embedder(x)  # (B, N, head width)
         h = run_blocks(self.blocks[depth:], h, s, self.dec_feat_rope, recompute)
-        return self.final_layer(h, s)
+        velocity = to_velocity(self.final_layer(h, s), x, t, self.prediction)
+        return (velocity, base) if with_base else velocity
 
 
-def build(name, latent_shape, num_classes, **sizes):
+def build(name, latent_shape, num_classes, prediction="v", base_depth=None, **sizes):
     """The network DiT-S .. DiT-XL or DiT-DH-S .. DiT-DH-XL, in any case, for latents (C, G, G) and K classes.
 
     sizes replace its width, depth, heads and, in DiT-DH, head_width, head_depth, head_heads; None keeps the
-    named one. Raises SystemExit for an unknown name and for sizes that don't fit.
+    named one. prediction "v" or "x"; base_depth: block of a DiT-DH's body, from 1, that the base follows.
+    Raises SystemExit for an unknown name and for what doesn't fit.
     """
     networks = {"DIT": DiT, "DIT-DH": DiTDH}
     family, _, size = name.upper().rpartition("-")
@@ -340,7 +384,7 @@ def build(name, latent_shape, num_classes, **sizes):
         raise SystemExit(f"--model {name}: neither DiT-SIZE nor DiT-DH-SIZE, SIZE one of {', '.join(SIZES)}")
 
     chosen = SIZES[size] | (HEAD if family == "DIT-DH" else {})
-    for key, value in sizes.items():
+    for key, value in [*sizes.items(), ("base_depth", base_depth)]:
         if value is None:
             continue
         if key not in chosen:
@@ -352,11 +396,20 @@ def build(name, latent_shape, num_classes, **sizes):
         if width in chosen and chosen[width] % (4 * chosen[heads]):
             factor = 4 * chosen[heads]
             raise SystemExit(f"{width} {chosen[width]}: must be a multiple of 4 * {heads}, here {factor}")
-    return networks[family](latent_shape=latent_shape, num_classes=num_classes, **chosen)
+    if base_depth is not None and not 1 <= base_depth <= chosen["depth"]:
+        raise SystemExit(f"--base-depth {base_depth}: the body has blocks 1 to {chosen['depth']}")
+    if prediction not in ("v", "x"):
+        raise SystemExit(f"--prediction {prediction}: neither v nor x")
+    return networks[family](
+        latent_shape=latent_shape, num_classes=num_classes, prediction=prediction, **chosen
+    )
 
 
 def from_shapes(state):
-    """The network that a bare state dict is of, untrained, out of the shapes alone. Raises KeyError."""
+    """The network that a bare state dict is of, untrained, out of the shapes alone. Raises KeyError.
+
+    Shapes tell neither the prediction nor the base's depth: v, and the base after block 8, RAEv2's.
+    """
     tokens, width = state["pos_embed"].shape[-2:]
     head_width, channels = state["x_embedder.proj.weight"].shape[:2]
     grid = math.isqrt(tokens)
@@ -373,13 +426,15 @@ def from_shapes(state):
 
     # Where body and head have one width, shapes don't tell them apart; released heads have two blocks.
     head_depth = 2 if head_width == width else norms.count(head_width)
+    depth = len(norms) - head_depth
     return DiTDH(
         **shared,
-        depth=len(norms) - head_depth,
+        depth=depth,
         heads=width // state["enc_feat_rope.freqs_cos"].shape[1],
         head_width=head_width,
         head_depth=head_depth,
         head_heads=head_width // state["dec_feat_rope.freqs_cos"].shape[1],
+        base_depth=min(8, depth) if "base_layer.linear.weight" in state else None,
     )
 
 
@@ -388,13 +443,13 @@ def read(path, flag="--flow"):
 
     Raises SystemExit, which names flag, for a file that is missing or holds no dict.
     """
-    if not os.path.isfile(path):
-        raise SystemExit(f"{flag} {path}: no such file; give a flow checkpoint, ours or released")
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
         file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of many kinds; torch's texts advise to trust the file
+    except FileNotFoundError:
+        raise SystemExit(f"{flag} {path}: no such file; give a flow checkpoint, ours or released") from None
+    except Exception as error:  # of many kinds, and torch's texts advise to trust the file
         reason = type(error).__name__
         raise SystemExit(f"{flag} {path}: not a flow checkpoint, ours or released ({reason})") from None
     if not isinstance(file, dict):
@@ -434,7 +489,10 @@ def load(path, flag="--flow"):
             config = file["config"]
             sizes = dict(config["sizes"])
             sizes.pop("patch", None)  # in older checkpoints, always 1
-            model = build(config["model"], config["latent_shape"], config["num_classes"], **sizes)
+            prediction = config.get("prediction", "v")
+            base_depth = config.get("base_depth")
+            shape = config["latent_shape"]
+            model = build(config["model"], shape, config["num_classes"], prediction, base_depth, **sizes)
         else:
             try:
                 model = from_shapes(state)
