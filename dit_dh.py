@@ -28,7 +28,7 @@ SIZES = {
     "L": {"width": 1024, "depth": 24, "heads": 16},  # 459.923, 621.744
     "XL": {"width": 1152, "depth": 28, "heads": 16},  # 677.248, 838.676
 }
-HEAD = {"head_width": 2048, "head_depth": 2, "head_heads": 16, "base_depth": None}  # of every DiT-DH
+HEAD = {"head_width": 2048, "head_depth": 2, "head_heads": 16, "base_depth": None}  # of a DiT-DH
 LABEL_DROPOUT = 0.1  # share of labels that training replaces by "no class", for classifier-free guidance
 
 
