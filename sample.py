@@ -68,11 +68,23 @@ PRESETS = {
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: 50,000 images")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="of the training; imagenet256, imagenet512: 50,000 images"
+    )
 
     add = parser.add_argument_group("networks").add_argument
-    add("--flow", default="runs/flow/last.pt", help="checkpoint, or a released stage2_model.pt (%(default)s)")
-    add("--decoder", default="runs/decoder/last.pt", help="the same, or a released model.pt (%(default)s)")
+    add(
+        "--flow",
+        metavar="FILE",
+        default="runs/flow/last.pt",
+        help="or a released stage2_model.pt (%(default)s)",
+    )
+    add(
+        "--decoder",
+        metavar="FILE",
+        default="runs/decoder/last.pt",
+        help="or a released model.pt (%(default)s)",
+    )
     add("--stats", metavar="FILE", help="latent statistics; default: those in the flow checkpoint")
     add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
     add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
@@ -86,7 +98,7 @@ def parse_args(argv=None):
     add("--classes", metavar="LIST", help="in turn: numbers from 0, or names, as cat,dog; default: all")
     add("--seed", type=seed, default=0, help="image i starts from noise of (seed, i) (%(default)s)")
     add("--steps", type=count, help="from t = 1 to t = 0; default: 50, the demo's network 25")
-    add("--solver", choices=["euler", "heun"], default="euler", help="heun: second order, two calls a step")
+    add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
     add("--shift", type=positive, help="of the times, 1 is off; default: as in training")
     add("--t-end", type=fraction, default=0.0, help="where the times end, before the shift (%(default)s)")
     add("--cfg", type=amount, metavar="SCALE", help="of guidance; default: 1, off; the demo's network 2")
@@ -95,7 +107,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("reconstruction").add_argument
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images, by default all; PSNR")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
-    add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (section 4.3)")
+    add(
+        "--latent-noise",
+        type=amount,
+        default=0.0,
+        metavar="SIGMA",
+        help="on the latents, section 4.3 (%(default)s)",
+    )
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
 
@@ -209,6 +227,8 @@ def to_pixels(images):
 
 
 class Job(NamedTuple):
+    """The images to be made: how many, of what, and by which function."""
+
     number: int
     settings: dict  # what decides the pixels
     images: Callable  # lists of indices below number -> for each list images (B,3,S,S)
@@ -222,7 +242,7 @@ def network_hash(tensors):
 
 
 def class_numbers(text, names, num_classes, flow):
-    """The numbers of the classes in --classes, which may be names; None, for all, where the flag is not given.
+    """The numbers of the classes in --classes, which may be names; None, that is all, without the flag.
 
     Raises SystemExit for others.
     """
@@ -236,7 +256,7 @@ def class_numbers(text, names, num_classes, flow):
         elif name in names:
             numbers.append(names.index(name))
         else:
-            known = f", by name {', '.join(names[:10])}" if names else ""
+            known = f", by name {', '.join(names[:10])}" if any(names) else ""
             raise SystemExit(f"--classes {name}: --flow {flow} has 0 to {num_classes - 1}{known}")
     return numbers
 
@@ -396,9 +416,7 @@ def check_settings(out, path, settings):
         with open(path) as file:
             stored = dict(json.load(file))
     except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(
-            f"--out {out}: {path} can't be read ({reason(error)}); name another folder"
-        ) from None
+        raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
 
     # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
     if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
@@ -551,8 +569,9 @@ def end_interrupted(files, out, rank):
         if files:
             done = sum(map(os.path.exists, files))
             state = f"{done} of {len(files)} images are in {out}, the same command goes on"
-        print(f"\ninterrupted; {state}", file=sys.stderr)
-    sys.exit(130)
+        print(f"interrupted; {state}", file=sys.stderr, flush=True)
+    # At once: sys.exit waits for loading processes, for ever where they had only half started.
+    os._exit(130)
 
 
 def main(argv=None):

@@ -516,7 +516,11 @@ def test_ctrl_c_while_loading(files, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
+    def leave(code):
+        raise SystemExit(code)
+
     monkeypatch.setattr(dit_dh, "load", interrupted)
+    monkeypatch.setattr(os, "_exit", leave)  # which would end pytest
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
     with pytest.raises(SystemExit) as error:
         sample.main([*files[1], "--out", str(tmp_path / "samples")])
@@ -605,7 +609,7 @@ def test_damaged_settings(twenty, tmp_path, content):
     with pytest.raises(SystemExit) as error:
         sample.main([*twenty[1], "--out", str(out)])
     message = str(error.value)
-    assert "settings.json can't be read" in message and "another folder" in message and "\n" not in message
+    assert "settings.json can't be read" in message and "another --out" in message and "\n" not in message
 
 
 def test_folders_of_older_versions(files, tmp_path):
