@@ -68,23 +68,11 @@ PRESETS = {
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="of the training; imagenet256, imagenet512: 50,000 images"
-    )
+    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: 50,000 images")
 
     add = parser.add_argument_group("networks").add_argument
-    add(
-        "--flow",
-        metavar="FILE",
-        default="runs/flow/last.pt",
-        help="or a released stage2_model.pt (%(default)s)",
-    )
-    add(
-        "--decoder",
-        metavar="FILE",
-        default="runs/decoder/last.pt",
-        help="or a released model.pt (%(default)s)",
-    )
+    add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
+    add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
     add("--stats", metavar="FILE", help="latent statistics; default: those in the flow checkpoint")
     add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
     add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
@@ -107,13 +95,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("reconstruction").add_argument
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images, by default all; PSNR")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
-    add(
-        "--latent-noise",
-        type=amount,
-        default=0.0,
-        metavar="SIGMA",
-        help="on the latents, section 4.3 (%(default)s)",
-    )
+    add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
 

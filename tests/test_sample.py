@@ -427,6 +427,7 @@ def torchrun(ranks, *flags, script=ROOT / "sample.py"):
     return [*launcher, str(script), *flags]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks(twenty, tmp_path, ranks):
     """torchrun: ranks share the 20 images, also where that does not divide; one bar; one grid."""
@@ -440,6 +441,7 @@ def test_ranks(twenty, tmp_path, ranks):
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_interrupted_ranks(twenty, tmp_path):
     """Killed in the middle, three ranks go on as one process and end with the images of one run."""
     out = tmp_path / "samples"
@@ -469,6 +471,7 @@ sample.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_ranks_take_what_the_first_one_sees(twenty, tmp_path):
     """A disk that shows the second rank images which are not there must not leave any out."""
     out = tmp_path / "samples"
@@ -479,6 +482,7 @@ def test_ranks_take_what_the_first_one_sees(twenty, tmp_path):
     assert difference(twenty[0], out) <= 1
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_under_torchrun(twenty, tmp_path):
     """What rank 0 finds wrong with the folder ends the other ranks, too, and once."""
     shutil.copytree(twenty[0], tmp_path / "samples")
@@ -489,6 +493,7 @@ def test_a_refusal_is_one_line_under_torchrun(twenty, tmp_path):
     assert 'sample.py", line' not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c(twenty, tmp_path, ranks):
     """One line that tells what is kept, no traceback of ours, exit code 130 of each process."""
@@ -724,10 +729,15 @@ def test_reconstruct(files, tmp_path, capsys):
     command[1] = f"{tmp_path}/./data/"
     sample.main(command)
     capsys.readouterr()
-    Image.new("RGB", (50, 40), "red").save(originals[1])
-    with pytest.raises(SystemExit, match="images .* there and .* here"):
-        sample.main(command)
-    originals[1].write_bytes(original)
+    time_of_change = originals[1].stat().st_mtime_ns
+    for content, later in ((b"other", 0), (original, 1)):
+        originals[1].write_bytes(content)
+        os.utime(originals[1], ns=(0, time_of_change + later))
+        with pytest.raises(SystemExit, match="images .* there and .* here"):
+            sample.main(command)
+    os.utime(originals[1], ns=(0, time_of_change))
+    sample.main(command)
+    capsys.readouterr()
 
     other = write_decoder(tmp_path / "other.pt", encoder_hash="0123456789ab")
     with pytest.raises(SystemExit, match="encoder_hash .*other.pt has 0123456789ab: they are no pair"):
