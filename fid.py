@@ -211,6 +211,68 @@ def load_network(args):
     return network.fold(), f"{args.protocol} inception {digest}"
 
 
+def natural_order(names):
+    """Names sorted with numbers by value; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
+    split = re.compile("([0-9]+)").split
+
+    def key(name):
+        parts = split(name.lower())  # text and digits take turns
+        parts[1::2] = map(int, parts[1::2])
+        return parts
+
+    return sorted(sorted(names), key=key)  # sorting leaves ties as they are
+
+
+def list_images(root, flag):
+    """The images below the folder `root`, which `flag` names -> classes, names, labels, left_out.
+
+    classes: the folders with images, relative to root (root itself is ""), each level in natural order. names
+    (N,), bytes: the file names, class by class, each in natural order. labels (N,), int32: the class of each.
+    left_out: what was not taken, in words, or "". Links are followed, each real folder is listed once, and
+    names that begin with a dot are skipped. Raises SystemExit where a folder can't be read, where images lie
+    beside class folders, and where there is no image.
+    """
+
+    def refuse(error):
+        raise SystemExit(f"{flag} {error.filename}: {error.strerror}; expected a folder of images")
+
+    classes = []
+    names = []  # an array a class: a million strings would take 100 MB
+    left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
+    listed = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in listed:
+            left_out["folders listed before"] += 1
+            subfolders.clear()  # a link to itself or a parent ends here
+            continue
+        listed.add((status.st_dev, status.st_ino))
+
+        # os.walk goes on with what is left in this list, in its order.
+        subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
+        files = [name for name in files if name[0] != "."]
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        left_out["files of other kinds"] += len(files) - len(images)
+        if not images:
+            left_out["folders without images"] += not subfolders
+            continue
+
+        # A folder is followed by what is below it: comparing with the class before finds all mixtures.
+        relative = folder[len(os.path.join(root, "")) :]
+        if classes and relative.startswith(os.path.join(classes[-1], "")):
+            beside = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
+            mixture = f"{beside} lies beside the class folder {folder}"
+            raise SystemExit(f"{flag} {root}: {mixture}; move it into a folder of its own, or away")
+        classes.append(relative)
+        names.append(np.array([os.fsencode(name) for name in natural_order(images)]))
+
+    counts = ", ".join(f"{kind} ({count})" for kind, count in left_out.items() if count)
+    if not classes:
+        raise SystemExit(f"{flag} {root}: no {' '.join(EXTENSIONS)} in it; left out: {counts}")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(array) for array in names])
+    return classes, np.concatenate(names), labels, f"left out: {counts}" if counts else ""
+
+
 def to_rgb(image, crop=None):
     """Any Pillow image -> RGB, 8 bit: upright, 16 bits scaled, transparency on white; ADM's centre crop."""
     image = ImageOps.exif_transpose(image)
