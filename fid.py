@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
 
@@ -42,13 +42,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Its name ends in the first digits of its SHA-256.
 HUB_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
-# Only the demo has other defaults than the flags' own: fid.py trains nothing.
-PRESETS = {
-    "demo": {"ref": "data/demo", "inception_weights": "random", "num": 400, "ref_num": 400},
-    "small": {},
-    "imagenet256": {},
-    "imagenet512": {},
-}
+# What belongs to the demo is used for the demo alone; fid.py trains nothing, so no other preset differs.
+DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 400, "ref_num": 400}
 
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
@@ -73,18 +68,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text):
+    """Flag type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
     return int(text)
 
 
 def whole(text):
+    """Flag type: a whole number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0")
     return int(text)
 
 
 def metric_list(text):
+    """Flag type: names of metrics, in any case."""
     metrics = text.lower().split(",")
     if not {"fid", "is", "prec", "rec"}.issuperset(metrics):
         raise argparse.ArgumentTypeError(f"{text}: expected some of fid,is,prec,rec")
@@ -92,7 +90,7 @@ def metric_list(text):
 
 
 def npz_path(text):
-    """A file that can be written: asked before the work."""
+    """Flag type: an .npz that can be written, which is asked before the work."""
     folder = os.path.dirname(text) or "."
     if not text.endswith(".npz") or os.path.isdir(text) or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: expected an .npz in a folder that can be written into")
@@ -100,6 +98,7 @@ def npz_path(text):
 
 
 def device(text):
+    """Flag type: a device that is here."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError):
@@ -116,56 +115,38 @@ def made_by_demo(folder):
 
 
 def parse_args(argv=None):
-    """The flags; those of the demo only where the samples are the demo's, or --preset says so."""
+    """The flags. Raises SystemExit, in one line, for flags and values that can't be meant."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    presets = ["demo", "small", "imagenet256", "imagenet512"]
+    protocols = ["adm", "pytorch-fid", "clean"]
     workers = min(8, os.cpu_count() or 1)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # The sets
     add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
     add(
-        "--preset",
-        choices=PRESETS,
-        help="demo: random weights, against 400 images of data/demo (samples of the demo)",
+        "--preset", choices=presets, help="demo: random weights, data/demo (where the samples are the demo's)"
     )
-    add("--ref", help="the reference set of FID, precision and recall (data/demo for samples of the demo)")
-    add(
-        "--protocol",
-        choices=["adm", "pytorch-fid", "clean"],
-        default="adm",
-        help="from image to Inception's input (%(default)s)",
-    )
-    add("--metrics", type=metric_list, help="some of fid,is,prec,rec (all that the sets allow)")
+    add("--ref", help="the set that FID, precision and recall compare with (none; demo: data/demo)")
     add("--crop", type=count, help="centre-crop the reference to this size; without --ref, the samples (off)")
     add("--num", type=count, help="take the first so many samples (all; demo: 400)")
     add("--ref-num", type=count, help="take so many reference images, evenly spread (all; demo: 400)")
-    add(
-        "--save-stats",
-        type=npz_path,
-        metavar="NPZ",
-        help="write the samples' mu, sigma and features, a later --ref (off)",
-    )
-    add(
-        "--inception-weights",
-        metavar="FILE",
-        default="hub",
-        help="file; hub: fetched once; random: compares with nothing (%(default)s; demo: random)",
-    )
-    add(
-        "--features",
-        metavar="NAME",
-        help="a timm model instead of Inception; dinov2-large gives FD-DINOv2 (off)",
-    )
-    add(
-        "--features-weights",
-        metavar="FILE",
-        default="hub",
-        help="file with timm's keys, or hub (%(default)s)",
-    )
+
+    # What is computed of them
+    add("--metrics", type=metric_list, help="some of fid,is,prec,rec (all that the sets allow)")
+    add("--protocol", choices=protocols, default="adm", help="from image to Inception's input (%(default)s)")
+    add("--save-stats", type=npz_path, help="write the samples' mu, sigma, features: a later --ref (off)")
+    add("--inception-weights", help="a file; or hub, fetched once; or random, for tests (hub; demo: random)")
+    add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2 (off)")
+    add("--features-weights", default="hub", help="a file with timm's keys, or hub (%(default)s)")
+
+    # What changes no result
     add("--batch-size", type=count, default=32, help="images a step; does not change results (%(default)s)")
     add("--workers", type=whole, default=workers, help="processes that decode images (%(default)s)")
     add("--device", type=device, default=cuda, help="cuda, cpu, mps, xpu (%(default)s)")
-    add("--json", action="store_true", help="print one JSON line on stdout")
+    add("--json", action="store_true", help="print one JSON line on stdout (off)")
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -176,11 +157,12 @@ def parse_args(argv=None):
     if args.features_weights != "hub" and not args.features:
         raise SystemExit("argument --features-weights: needs --features NAME, the model that they are of")
 
-    # The demo's values are defaults again: a flag that is given still wins.
+    # A flag that is given wins over the demo's value.
     unspecific = args.preset is None and args.ref is None and args.save_stats is None
-    if args.preset == "demo" or (unspecific and made_by_demo(args.samples)):
-        args = parser.parse_args(argv, argparse.Namespace(**PRESETS["demo"]))
-    return args
+    demo = args.preset == "demo" or (unspecific and made_by_demo(args.samples))
+    defaults = DEMO if demo else {"inception_weights": "hub"}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | defaults | given)
 
 
 def moments(features):
@@ -188,9 +170,9 @@ def moments(features):
     mu = features.mean(0, dtype=torch.float64)
     sigma = torch.zeros(len(mu), len(mu), dtype=torch.float64)
     for rows in features.split(1024):  # blocks bound the memory
-        centred = rows - mu
+        centred = rows - mu  # (1024,D), float64
         sigma += centred.T @ centred
-    return mu.numpy(), (sigma / (len(features) - 1)).numpy()
+    return mu, sigma / (len(features) - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -198,9 +180,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     With S1 = R R^T the symmetric R^T S2 R has S1 S2's eigenvalues: real, and right for singular ones too.
     """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     eigenvalues, vectors = scipy.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(eigenvalues.clip(min=0))
-    trace_root = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(min=0)).sum()
+    # Rounding makes eigenvalues near 0 negative.
+    root = vectors * np.sqrt(eigenvalues.clip(min=0))  # (D,D)
+    eigenvalues = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
+    trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root
     return max(float(distance), 0.0)  # in this order NaN stays NaN
 
@@ -213,7 +198,7 @@ def inception_score(features, class_weight, split_size=5000):
     scores = []
     for rows in features.split(split_size):
         log_p = (rows.double() @ class_weight.double().T).log_softmax(1)  # (n,1008)
-        p = log_p.exp()
+        p = log_p.exp()  # p(y|x), whose mean over the rows is p(y)
         divergence = (p * (log_p - p.mean(0).log())).sum(1)  # (n,)
         scores.append(divergence.mean().exp().item())
     return sum(scores) / len(scores)
@@ -230,7 +215,9 @@ def precision_recall(samples, reference, neighbours=3, block=256):
         distances = (torch.cdist(rows, centres) for rows in centres.split(block))  # each (block,M)
         # One further than the neighbour asked for: the nearest to a point is itself.
         radii = torch.cat([distance.kthvalue(neighbours + 1).values for distance in distances])
-        inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)]
+        inside = [
+            (torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)
+        ]  # each (block,)
         return torch.cat(inside).double().mean().item()
 
     return share_inside(samples, reference), share_inside(reference, samples)
@@ -239,7 +226,7 @@ def precision_recall(samples, reference, neighbours=3, block=256):
 def inception_input(images, protocol):
     """uint8 (B,3,H,W) -> (B,3,299,299) in [-1,1] as the evaluator that `protocol` names does it."""
     x = images.float()
-    if protocol == "pytorch-fid":
+    if protocol == "pytorch-fid":  # half-pixel centres, no antialias
         return 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
     if protocol == "clean":  # Pillow's bicubic of float images: it computes in float64
         x = F.interpolate(x.double(), (299, 299), mode="bicubic", align_corners=False, antialias=True)
@@ -249,13 +236,16 @@ def inception_input(images, protocol):
             source = torch.arange(299.0, device=x.device) * (x.shape[axis] / 299)
             low = source.long()
             left, right = (x.index_select(axis, i.clamp(max=x.shape[axis] - 1)) for i in (low, low + 1))
-            x = left + (right - left) * (source - low).view(-1, *[1] * (3 - axis))
+            fraction = (source - low).view(-1, *[1] * (3 - axis))
+            x = left + (right - left) * fraction  # (B,3,H,299), then (B,3,299,299)
     return (x - 128) / 128
 
 
 def padding_not_counted(_module, inputs):
     """torchvision's averages of 3 x 3 pixels count the zeros around the image, TensorFlow's do not."""
-    return inputs[0].div_(F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1))
+    x = inputs[0]
+    share = F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, stride=1, padding=1)  # (1,1,H,W), below 1 at edges
+    return x.div_(share)  # in place: nothing else reads x, and a copy would be large
 
 
 class LastBlock(InceptionE):
@@ -282,6 +272,7 @@ class Inception(Inception3):
             if hasattr(block, "branch_pool"):
                 block.branch_pool.register_forward_pre_hook(padding_not_counted)
         self.Mixed_7c = LastBlock(2048)
+
         generator = torch.Generator().manual_seed(0)
         for weight in self.parameters():
             if weight.ndim > 1:  # He et al. 2015: the features keep their scale through 94 convolutions
@@ -297,10 +288,11 @@ class Inception(Inception3):
         return self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        x = inception_input(images, self.protocol).contiguous(memory_format=torch.channels_last)
+        x = inception_input(images, self.protocol)
+        x = x.contiguous(memory_format=torch.channels_last)  # as `fold` made the weights
         for layer in list(self.children())[:-3]:  # all but average, dropout and classifier
-            x = layer(x)
-        return x.mean((2, 3))  # (B,2048,8,8) -> (B,2048)
+            x = layer(x)  # at the end (B,2048,8,8)
+        return x.mean((2, 3))
 
 
 class TimmFeatures(nn.Module):
@@ -370,20 +362,18 @@ def load_timm(name, weights):
     return TimmFeatures(name, state), f"224px {name} {digest}"
 
 
-def load_network(features, features_weights, protocol, inception_weights):
-    """-> the network, and what its features rest on: resize rule, name, digits of its file's SHA-256."""
+def load_network(features, protocol, weights):
+    """-> the network, and what its features rest on: resize rule, name, digits of its file's SHA-256.
+
+    features: the name of a timm model, or None for Inception. weights: `hub`, a file, for Inception `random`.
+    Raises SystemExit where they can't be had.
+    """
     try:
-        if features:
-            return load_timm(features, features_weights)
-        return load_inception(protocol, inception_weights)
+        return load_timm(features, weights) if features else load_inception(protocol, weights)
     except Exception as error:  # the hub, torch, safetensors and timm raise many kinds
-        given = (
-            f"--features-weights {features_weights}"
-            if features
-            else f"--inception-weights {inception_weights}"
-        )
+        flag = "--features-weights" if features else "--inception-weights"
         wanted = f"weights of timm's {features}" if features else f"a copy of {HUB_URL}"
-        raise SystemExit(f"{given}: {error!r:.200}; FILE is {wanted}") from None
+        raise SystemExit(f"{flag} {weights}: {error!r:.200}; FILE is {wanted}") from None
 
 
 def natural_order(names):
@@ -549,34 +539,33 @@ class NpzImages:
 class Images(Dataset):
     """What the network takes: images[i] is uint8 (3,H,W), or a line of text that says what is wrong with it.
 
-    source: FolderImages or NpzImages. order: numbers of the images to take. crop: see center_crop, or None.
+    source: FolderImages or NpzImages. crop: see center_crop, or None.
     Raises SystemExit where the first image can't be read.
     """
 
-    def __init__(self, source, order, crop=None):
+    def __init__(self, source, crop=None):
         self.source = source
-        self.order = order
         self.crop = crop
         self.shape = None
         first = self[0]
         if isinstance(first, str):
             raise SystemExit(first)
-        self.shape = first.shape
+        self.shape = first.shape  # that all others must have
 
     def __len__(self):
-        return len(self.order)
+        return len(self.source)
 
     def __getitem__(self, index):
-        name = self.source.name(self.order[index])
+        name = self.source.name(index)
         try:
-            image = self.source.read(self.order[index])
+            image = self.source.read(index)
         except Exception as error:  # Pillow's decoders raise many kinds
             return f"{name!r}: not a readable image ({error!r}); repair or remove it"
         if self.crop:
             image = center_crop(image, self.crop)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
         if self.shape not in (None, pixels.shape):
-            first = self.source.name(self.order[0])
+            first = self.source.name(0)
             return f"{name!r} is {[*pixels.shape]}, {first!r} is {[*self.shape]}; --crop makes them equal"
         return pixels
 
@@ -621,10 +610,11 @@ class EvaluationSet(NamedTuple):
     """One side of a comparison: images, statistics, or both."""
 
     name: str
-    images: Images | None
+    images: Dataset | None
     statistics: Statistics | None
     rows: int  # images whose features are known or can be computed
     count: int | None  # images that FID rests on, where that is known
+    left_out: str
 
 
 def open_set(path, flag, crop=None, num=None, spread=False):
@@ -645,13 +635,16 @@ def open_set(path, flag, crop=None, num=None, spread=False):
     if source:
         rows = min(num or len(source), len(source))
         step = len(source) / rows if spread else 1
-        images = Images(source, [int(i * step) for i in range(rows)], crop)
+        images = Subset(Images(source, crop), [int(i * step) for i in range(rows)])
+    if statistics is None and rows < 2:
+        raise SystemExit(f"{name}: {rows} images, at least 2 are needed")
+
+    # The count behind mu and sigma is known where their features are, as --save-stats writes them.
+    count = rows
     if statistics:
         count = len(statistics.features) or None
-        return EvaluationSet(name, images, statistics, count or rows, count)
-    if rows < 2:
-        raise SystemExit(f"{name}: {rows} images, at least 2 are needed")
-    return EvaluationSet(name, images, None, rows, rows)
+        rows = count or rows
+    return EvaluationSet(name, images, statistics, rows, count, source.left_out if source else "")
 
 
 def choose_metrics(asked, samples, reference, inception, saving):
@@ -661,6 +654,7 @@ def choose_metrics(asked, samples, reference, inception, saving):
     """
     if reference is None and not saving and asked != ["is"]:
         raise SystemExit("--ref is missing: name a folder or an .npz to compare with (or --metrics is)")
+
     possible = []
     if reference:
         possible.append("fid")
@@ -668,6 +662,7 @@ def choose_metrics(asked, samples, reference, inception, saving):
         possible.append("is")
     if reference and min(samples.rows, reference.rows) > 3:  # so that a third neighbour exists
         possible += ["prec", "rec"]
+
     if asked and not set(asked) <= set(possible):
         needs = "fid needs --ref, is images and Inception, prec and rec more than 3 images of both"
         allowed = ",".join(possible) or "none"
@@ -680,6 +675,8 @@ def check_comparable(sets, network, made_by):
     makers = {s.name: (s.statistics.made_by, len(s.statistics.mu)) for s in sets if s.statistics}
     if network:
         makers["this run"] = (made_by, network.width)
+
+    # Who made ADM's reference batches is not written in them; their width tells.
     names = {name for name, _ in makers.values() if name}
     widths = {width for _, width in makers.values()}
     if len(names) > 1 or len(widths) > 1:
@@ -694,6 +691,10 @@ def ignore_interrupt(_worker):
 
 
 def collate(samples):
+    """Images of a batch -> (B,3,H,W), or the first text of one that can't be used: errors travel as text.
+
+    An exception would leave a worker together with its traceback.
+    """
     errors = [sample for sample in samples if isinstance(sample, str)]
     return errors[0] if errors else torch.stack(samples)
 
@@ -704,10 +705,12 @@ def extract(images, network, name, batch_size, workers, device):
     options = {"num_workers": workers, "worker_init_fn": ignore_interrupt, "collate_fn": collate}
     features = torch.empty(len(images), network.width)
     done = 0
+    # `with` closes the bar before an error's line is printed.
     with tqdm(total=len(images), desc=name, unit="image") as bar:
-        for batch in DataLoader(images, batch_size, **options):
+        for batch in DataLoader(images, batch_size, **options):  # uint8 (B,3,H,W)
             if isinstance(batch, str):
                 raise SystemExit(batch)
+
             features[done : done + len(batch)] = network(batch.to(device)).float()
             done += len(batch)
             bar.update(len(batch))
@@ -722,13 +725,15 @@ def with_features(one, by_image, network, made_by, batch_size, workers, device):
     if known and (len(known.features) or not by_image):
         return known
     features = extract(one.images, network, one.name, batch_size, workers, device)
-    if known:
+    if known:  # ADM's reference batches: mu and sigma are of more images than they hold
         return known._replace(features=features)
     return Statistics(*moments(features), features, made_by)
 
 
 def save_statistics(path, statistics, made_by):
+    """Writes an .npz that open_set reads. Raises SystemExit where it can't be written, as to a full disk."""
     arrays = statistics._asdict() | {"made_by": made_by}
+    # Under another name first: a reader never sees half a file.
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -768,7 +773,7 @@ def announce(about, sets, device):
         parts.insert(0, "the demo's untrained network, whose numbers compare with nothing")
     if any(s.count and s.count < 2048 for s in sets):
         parts.append("FID of fewer than 2048 images is biased")
-    parts += [f"{s.name} {s.images.source.left_out}" for s in sets if s.images and s.images.source.left_out]
+    parts += [f"{s.name} {s.left_out}" for s in sets if s.left_out]
     print("; ".join(parts), file=sys.stderr)
 
 
@@ -777,16 +782,17 @@ def main(argv=None):
     exact_and_fast()
 
     # What is compared: everything is opened and checked before any work.
-    samples = open_set(args.samples, "samples", None if args.ref else args.crop, args.num)
+    samples = open_set(args.samples, "the set", None if args.ref else args.crop, args.num)
     reference = open_set(args.ref, "--ref", args.crop, args.ref_num, spread=True) if args.ref else None
     sets = [samples, reference] if reference else [samples]
     metrics = choose_metrics(args.metrics, samples, reference, not args.features, args.save_stats is not None)
 
     # The network, unless statistics are enough
-    network, made_by = None, ""
+    network = None
+    made_by = ""
     if metrics != ["fid"] or any(s.statistics is None for s in sets):
-        weights = (args.features, args.features_weights, args.protocol, args.inception_weights)
-        network, made_by = load_network(*weights)
+        weights = args.features_weights if args.features else args.inception_weights
+        network, made_by = load_network(args.features, args.protocol, weights)
         network.to(args.device)
     about = {
         "samples": args.samples,

@@ -210,10 +210,10 @@ def test_sources_hold_the_same_images(place, tmp_path):
         assert torch.equal(copy[7], images[7])
     assert len(pickle.dumps(open_images(tmp_path / "a.npz"))) < 1000
     for source in (place / "a", tmp_path / "a.npz"):
-        assert open_images(source, num=3).order == [0, 1, 2]
-        assert open_images(source, num=3, spread=True).order == [0, 4, 8]
-        assert open_images(source, num=5, spread=True).order == [0, 2, 4, 7, 9]
-        assert open_images(source, num=99, spread=True).order == list(range(12))
+        assert open_images(source, num=3).indices == [0, 1, 2]
+        assert open_images(source, num=3, spread=True).indices == [0, 4, 8]
+        assert open_images(source, num=5, spread=True).indices == [0, 2, 4, 7, 9]
+        assert open_images(source, num=99, spread=True).indices == list(range(12))
 
 
 def touch(root, *paths):
@@ -561,10 +561,10 @@ def test_damaged_npz_end_in_one_line(tmp_path):
             data[place] ^= 1 << rng.integers(8)
         (tmp_path / "damaged.npz").write_bytes(data)
         try:
-            _, images, statistics, *_ = fid.open_set(str(tmp_path / "damaged.npz"), "--ref")
-            assert statistics is None or np.isfinite(statistics.sigma).all()
-            for i in range(len(images or ())):
-                assert images[i].shape == images.shape
+            found = fid.open_set(str(tmp_path / "damaged.npz"), "--ref")
+            assert found.statistics is None or np.isfinite(found.statistics.sigma).all()
+            for image in found.images or ():
+                assert image.shape == found.images[0].shape
         except SystemExit as stop:
             refused += 1
             assert "damaged.npz: " in str(stop) and "\n" not in str(stop)
@@ -644,12 +644,12 @@ def test_download_checks_the_hash(place, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "HUB_URL", (tmp_path / "pt_inception-2015-12-05-6726825d.pth").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     with pytest.raises(SystemExit, match="invalid hash value"):
-        fid.load_network(None, "hub", "adm", "hub")
+        fid.load_network(None, "adm", "hub")
     assert not list((tmp_path / "hub").rglob("*.pth"))
     released = tmp_path / f"inception-{digest(place / 'inception.pth')}.pth"
     released.symlink_to(place / "inception.pth")
     monkeypatch.setattr(fid, "HUB_URL", released.as_uri())
-    fetched, copied = (fid.load_network(None, "hub", "adm", weights)[1] for weights in ("hub", str(released)))
+    fetched, copied = (fid.load_network(None, "adm", weights)[1] for weights in ("hub", str(released)))
     assert fetched == copied == f"adm inception {digest(released)}"
 
 
@@ -706,10 +706,10 @@ def bad(place):
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [
-        ("nowhere", "", "^samples nowhere: No such file or directory; expected a folder of images$"),
-        ("nowhere.npz", "", r"^samples nowhere.npz: FileNotFoundError\(2, 'No such file"),
-        ("empty", "", "^samples empty: no .png .jpg"),
-        ("one", "", "^samples one: 1 images, at least 2"),
+        ("nowhere", "", "^the set nowhere: No such file or directory; expected a folder of images$"),
+        ("nowhere.npz", "", r"^the set nowhere.npz: FileNotFoundError\(2, 'No such file"),
+        ("empty", "", "^the set empty: no .png .jpg"),
+        ("one", "", "^the set one: 1 images, at least 2"),
         (
             "broken",
             "",
@@ -717,7 +717,7 @@ def bad(place):
         ),
         ("broken", "--workers 1", "^'broken/y.png': not a readable image .*cannot identify"),
         ("sizes", "", r"^'sizes/y.png' is \[3, 48, 32\], 'sizes/x.png' is \[3, 32, 32\]; --crop"),
-        ("junk.npz", "", "^samples junk.npz: BadZipFile.*; expected a whole .npz"),
+        ("junk.npz", "", "^the set junk.npz: BadZipFile.*; expected a whole .npz"),
         ("nan_mu.npz", "", "not finite"),
         ("nan_sigma.npz", "", "not finite"),
         ("nan_features.npz", "", "not finite"),
@@ -740,7 +740,7 @@ def bad(place):
         (
             "other.npz",
             "",
-            "not comparable: samples other.npz has 64 features by clean inception 6726825d, this run",
+            "not comparable: the set other.npz has 64 features by clean inception 6726825d, this run",
         ),
         (
             "a",
