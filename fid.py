@@ -101,7 +101,7 @@ def device(text):
     """Flag type: a device that is here."""
     try:
         return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):  # the latter of a torch built without CUDA
         raise argparse.ArgumentTypeError(f"{text}: no such device on this machine") from None
 
 
@@ -109,7 +109,7 @@ def made_by_demo(folder):
     """Whether sample.py wrote that the folder's images are of the demo's decoder."""
     try:
         settings = json.loads(Path(folder, "settings.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no folder of sample.py's
         return False
     return isinstance(settings, dict) and settings.get("demo") is True
 
@@ -146,7 +146,11 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=32, help="images a step; does not change results (%(default)s)")
     add("--workers", type=whole, default=workers, help="processes that decode images (%(default)s)")
     add("--device", type=device, default=cuda, help="cuda, cpu, mps, xpu (%(default)s)")
-    add("--json", action="store_true", help="print one JSON line on stdout (off)")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON line: numbers, sets, counts, what the features are by (off)",
+    )
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -326,7 +330,7 @@ class TimmFeatures(nn.Module):
         x = F.interpolate(images.float(), (224, 224), mode="bicubic", align_corners=False, antialias=True)
         x = x.clamp(0, 255).round() / 255  # rounded, as Pillow's images are
         mean, std = (x.new_tensor(self.model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return self.model((x - mean) / std)
+        return self.model((x - mean) / std)  # (B,3,224,224) -> (B,D)
 
 
 def fetch_inception():
@@ -358,12 +362,17 @@ def load_inception(protocol, weights):
 
 def load_timm(name, weights):
     """-> TimmFeatures of `hub` or a file, and what they rest on."""
-    state, digest = (None, weights) if weights == "hub" else read_weights(weights)
-    return TimmFeatures(name, state), f"224px {name} {digest}"
+    state = None if weights == "hub" else read_weights(weights)[0]
+    network = TimmFeatures(name, state)
+    # Of the weights, not of a file: a local copy of the hub's is the same network.
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    return network, f"224px {name} {digest.hexdigest()[:8]}"
 
 
 def load_network(features, protocol, weights):
-    """-> the network, and what its features rest on: resize rule, name, digits of its file's SHA-256.
+    """-> the network, and what its features rest on: resize rule, name, digits of its weights' SHA-256.
 
     features: the name of a timm model, or None for Inception. weights: `hub`, a file, for Inception `random`.
     Raises SystemExit where they can't be had.
@@ -519,7 +528,7 @@ class NpzImages:
             file.seek(entry.header_offset + zip_header)
             np.lib.format.read_magic(file)
             self.shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()
+            self.start = file.tell()  # bytes
         if dtype != np.uint8 or transposed or self.shape[3:] != (3,) or min(self.shape) < 1:
             raise ValueError(f"arr_0 is {dtype} {self.shape}, not uint8 (N,H,W,3)")
         self.read(0)  # raises where the file is too short
@@ -703,6 +712,7 @@ def collate(samples):
 def extract(images, network, name, batch_size, workers, device):
     """Features (N,D), fp32, of all images, on the CPU. Raises SystemExit at an image that can't be used."""
     options = {"num_workers": workers, "worker_init_fn": ignore_interrupt, "collate_fn": collate}
+    network.to(device)
     features = torch.empty(len(images), network.width)
     done = 0
     # `with` closes the bar before an error's line is printed.
@@ -711,7 +721,7 @@ def extract(images, network, name, batch_size, workers, device):
             if isinstance(batch, str):
                 raise SystemExit(batch)
 
-            features[done : done + len(batch)] = network(batch.to(device)).float()
+            features[done : done + len(batch)] = network(batch.to(device)).float()  # (B,D)
             done += len(batch)
             bar.update(len(batch))
     if not features.isfinite().all():
@@ -753,7 +763,7 @@ def evaluate(metrics, samples, reference, network):
         results["is"] = inception_score(samples.features, network.fc.weight.cpu())
     if "prec" in metrics or "rec" in metrics:
         results["prec"], results["rec"] = precision_recall(samples.features, reference.features)
-    return {metric: results[metric] for metric in metrics}
+    return {metric: results[metric] for metric in metrics}  # in the order asked for
 
 
 def exact_and_fast():
@@ -793,7 +803,6 @@ def main(argv=None):
     if metrics != ["fid"] or any(s.statistics is None for s in sets):
         weights = args.features_weights if args.features else args.inception_weights
         network, made_by = load_network(args.features, args.protocol, weights)
-        network.to(args.device)
     about = {
         "samples": args.samples,
         "num": samples.count,
@@ -820,4 +829,4 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         print("interrupted; nothing was written, the same command starts anew", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells have it

@@ -18,6 +18,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 import fid
 
@@ -408,7 +409,13 @@ def test_crop_is_the_references(place, capsys, tmp_path):
 def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
     saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
-    assert saved["ref"] is None and saved["by"] == f"224px test_vit {digest(place / 'test_vit.pth')}"
+    state = torch.load(place / "test_vit.pth", weights_only=True)
+    content = b"".join(v.numpy().tobytes() for v in fid.TimmFeatures("test_vit", state).state_dict().values())
+    assert saved["by"] == f"224px test_vit {hashlib.sha256(content).hexdigest()[:8]}"
+    assert saved["ref"] is None
+    save_file(state, tmp_path / "copy.safetensors")  # the same weights in another file
+    copy = ["--features", "test_vit", "--features-weights", tmp_path / "copy.safetensors"]
+    assert run(capsys, place / "b", "--ref", tmp_path / "b.npz", *copy)["by"] == saved["by"]
     found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz")
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
     # a reference batch as ADM's: FID by mu and sigma, here shifted by 1, precision and recall by the images
@@ -429,6 +436,23 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     found = run_timm(capsys, place, *options)
     expected = run_timm(capsys, place, tmp_path / "first.npz", "--ref", tmp_path / "spread.npz")
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
+
+
+def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch):
+    def full(file, **_arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    words = [
+        place / "a",
+        "--features=test_vit",
+        f"--features-weights={place / 'test_vit.pth'}",
+        "--workers=0",
+    ]
+    with pytest.raises(SystemExit, match=r"^--save-stats .*x\.npz: No space left on device$"):
+        fid.main([str(word) for word in [*words, "--save-stats", tmp_path / "x.npz"]])
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_sizes_and_workers_agree(place, capsys):
