@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 
@@ -215,6 +216,24 @@ def test_sources_hold_the_same_images(place, tmp_path):
         assert open_images(source, num=3, spread=True).indices == [0, 4, 8]
         assert open_images(source, num=5, spread=True).indices == [0, 2, 4, 7, 9]
         assert open_images(source, num=99, spread=True).indices == list(range(12))
+
+
+def test_npz_of_images_is_not_read_whole(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((1000, 128, 128, 3), np.uint8))  # 49 MB
+    tracemalloc.start()
+    images = open_images(tmp_path / "x.npz", num=2, spread=True)
+    assert images[1].shape == (3, 128, 128)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_natural_order(module):
+    expected = ["01", "1", "2", "10", "A", "a", "a01", "a1", "a2b3", "a2b20", "b"]
+    for seed in range(5):
+        shuffled = np.random.default_rng(seed).permutation(expected).tolist()
+        assert module.natural_order(shuffled) == expected
 
 
 def touch(root, *paths):
