@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -377,12 +378,17 @@ def load_network(features, protocol, weights):
     features: the name of a timm model, or None for Inception. weights: `hub`, a file, for Inception `random`.
     Raises SystemExit where they can't be had.
     """
+    flag = "--features-weights" if features else "--inception-weights"
+    wanted = f"weights of timm's {features}" if features else f"a copy of {HUB_URL}"
     try:
         return load_timm(features, weights) if features else load_inception(protocol, weights)
+    except FileNotFoundError:
+        reason = "no such file"
+    except pickle.UnpicklingError:  # its own text advises to run the code in the file
+        reason = "not a file of weights alone"
     except Exception as error:  # the hub, torch, safetensors and timm raise many kinds
-        flag = "--features-weights" if features else "--inception-weights"
-        wanted = f"weights of timm's {features}" if features else f"a copy of {HUB_URL}"
-        raise SystemExit(f"{flag} {weights}: {error!r:.200}; FILE is {wanted}") from None
+        reason = repr(error)[:200]
+    raise SystemExit(f"{flag} {weights}: {reason}; FILE is {wanted}")
 
 
 def natural_order(names):
@@ -604,6 +610,8 @@ def read_statistics(path):
 
 def open_npz(path, flag):
     """-> NpzImages and Statistics of an .npz, None for what it lacks. Raises SystemExit if it is damaged."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{flag} {path}: no such file; expected a folder or an .npz")
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = archive.namelist()

@@ -743,6 +743,7 @@ def bad(place):
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
     torch.save({"weight": torch.zeros(2)}, place / "wrong.pth")
+    (place / "code.pth").write_bytes(pickle.dumps(os.getcwd))
     return place
 
 
@@ -750,7 +751,7 @@ def bad(place):
     ("samples", "options", "message"),
     [
         ("nowhere", "", "^the set nowhere: No such file or directory; expected a folder of images$"),
-        ("nowhere.npz", "", r"^the set nowhere.npz: FileNotFoundError\(2, 'No such file"),
+        ("nowhere.npz", "", "^the set nowhere.npz: no such file; expected a folder or an .npz$"),
         ("empty", "", "^the set empty: no .png .jpg"),
         ("one", "", "^the set one: 1 images, at least 2"),
         (
@@ -802,7 +803,16 @@ def bad(place):
         ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
         ("lone.npz", "", "sigma is not a file in the archive"),
         ("a", "--features no_such_model", "no model that timm knows"),
-        ("a", "--features-weights no.pth", "^--features-weights no.pth: .*No such file"),
+        (
+            "a",
+            "--features-weights no.pth",
+            "^--features-weights no.pth: no such file; FILE is weights of timm's",
+        ),
+        (
+            "a",
+            "--features-weights code.pth",
+            "^--features-weights code.pth: not a file of weights alone; FILE",
+        ),
         (
             "a",
             "--features= --features-weights hub --inception-weights wrong.pth",
