@@ -153,6 +153,7 @@ def parse_args(argv=None):
         help="print one JSON line: numbers, sets, counts, what the features are by (off)",
     )
 
+    # argparse would not say which flag was meant.
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
@@ -338,6 +339,7 @@ def fetch_inception():
     """-> the path of pytorch-fid's weights, fetched once to torch.hub's folder, their hash checked."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(HUB_URL))
     if not os.path.exists(path):
+        # Named before it starts: without a network it may take long to fail.
         print(f"fetching {HUB_URL}", file=sys.stderr)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(HUB_URL, path, hash_prefix=HUB_URL[-12:-4])
@@ -674,8 +676,8 @@ def choose_metrics(asked, samples, reference, inception, saving):
 
     possible = []
     if reference:
-        possible.append("fid")
-    if samples.rows and inception:
+        possible.append("fid")  # open_set gives nothing that it can't be computed of
+    if samples.rows and inception:  # other networks have no classes
         possible.append("is")
     if reference and min(samples.rows, reference.rows) > 3:  # so that a third neighbour exists
         possible += ["prec", "rec"]
@@ -754,6 +756,7 @@ def save_statistics(path, statistics, made_by):
     # Under another name first: a reader never sees half a file.
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        # An open file: np.savez would add .npz to a name.
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
         os.replace(temporary, path)

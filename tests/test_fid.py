@@ -743,7 +743,7 @@ def bad(place):
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
     torch.save({"weight": torch.zeros(2)}, place / "wrong.pth")
-    (place / "code.pth").write_bytes(pickle.dumps(os.getcwd))
+    (place / "code.pth").write_bytes(pickle.dumps(os.getcwd, 2))
     return place
 
 
