@@ -272,8 +272,10 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
 def released_state(file):
     """The decoder's state dict in a file of the authors: bare, one level down, or beside its encoder's."""
     for level in ("ema", "model", "module", "state_dict"):
-        file = file.get(level, file)
-    state = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in file.items()}
+        if isinstance(file.get(level), dict):
+            file = file[level]
+    # torch.compile puts its prefix outside or inside of DDP's.
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
     return inner or state
 
