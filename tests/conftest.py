@@ -12,7 +12,7 @@ import rae_encoder  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: over about 3 s, or starts processes; -m 'not slow' goes without")
+    config.addinivalue_line("markers", "slow: takes more than about 3 s, or starts processes")
 
 
 def read(path):
