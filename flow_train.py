@@ -459,8 +459,8 @@ def resume(source, form, config, state, steps):
     if source is None:
         return {"step": 0}
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
     checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
         before = checkpoint["config"].get(key, value)  # those of older versions may lack it

@@ -272,8 +272,10 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
 def released_state(file):
     """The decoder's state dict in a file of the authors: bare, one level down, or beside its encoder's."""
     for level in ("ema", "model", "module", "state_dict"):
-        file = file.get(level, file)
-    state = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in file.items()}
+        if isinstance(file.get(level), dict):
+            file = file[level]
+    # torch.compile puts its prefix outside or inside of DDP's.
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
     return inner or state
 
@@ -710,8 +712,8 @@ def resume(source, form, config, state, steps):
     if source is None:
         return {"step": 0}
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
     checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
     for key, value in config.items():
         before = checkpoint["config"].get(key, value)  # those of older versions may lack it
