@@ -497,9 +497,10 @@ def announce(log, args, data, models, network, run):
 
 def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
+    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not progress.disable:  # rank 0
+    if not silent:
         line = [f"{last}: step {step} of {steps}"]
         if step < steps:
             line.append("stopped, the same command goes on from here")
