@@ -144,7 +144,9 @@ def parse_args(argv=None):
         help="encode all images once, into memory (%(default)s)",
     )
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    # A preset's sizes are of its own network, and its length gives way to another.
+    replaced = {"model": SIZES, "epochs": ["steps"]}
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, replaced)
     if (
         args.hold_epochs is not None
         and args.decay_epochs is not None

@@ -131,7 +131,7 @@ def parse_args(argv=None):
     add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
     add("--eval-every", type=count, default=2500, help="steps (%(default)s)")
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, {"epochs": ["steps"]})
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
     if args.keep_every and args.keep_every % args.save_every:

@@ -179,15 +179,23 @@ def training_parser(description, presets):
     return parser, group
 
 
-def parse_with_preset(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
+def parse_with_preset(parser, presets, argv, replaced=None):
+    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data.
+
+    replaced: {flag: the defaults of a preset that don't hold where it is given}.
+    """
     # --preset and --data decide the other defaults, so they are looked at first.
+    replaced = replaced or {}
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--data")
+    for flag in ("preset", "data", *replaced):
+        first.add_argument(f"--{flag}")
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    parser.set_defaults(**presets.get(name, {}), preset=name)
+    defaults = dict(presets.get(name, {}))
+    for flag, keys in replaced.items():
+        if getattr(given, flag):
+            defaults = {key: value for key, value in defaults.items() if key not in keys}
+    parser.set_defaults(**defaults, preset=name)
     args = parser.parse_args(argv)
 
     if not args.data:
