@@ -147,12 +147,8 @@ def parse_args(argv=None):
     # A preset's sizes are of its own network, and its length gives way to another.
     replaced = {"model": SIZES, "epochs": ["steps"]}
     args = rae_encoder.parse_with_preset(parser, PRESETS, argv, replaced)
-    if (
-        args.hold_epochs is not None
-        and args.decay_epochs is not None
-        and args.decay_epochs <= args.hold_epochs
-    ):
-        raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
+    if args.keep_every and args.keep_every % args.save_every:
+        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
 
 
@@ -192,9 +188,12 @@ def learning_rate(step, hold, decay, lr, final_lr):
 
 
 def milestones(args, steps_per_epoch, steps):
-    """The steps at which the decay of the learning rate begins and ends."""
+    """The steps at which the decay of the learning rate begins and ends. SystemExit where it ends first."""
     hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
     decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
+    if decay <= hold:
+        problem = f"--hold-epochs ends at step {hold:g}, --decay-epochs at step {decay:g}"
+        raise SystemExit(f"{problem}: the learning rate must be held first")
     return hold, decay
 
 
@@ -593,6 +592,7 @@ def main(argv=None):
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
     steps_per_epoch, steps = plan_steps(len(data), args, world)
+    hold, decay = milestones(args, steps_per_epoch, steps)
     log = open_log(args.out) if rank == 0 else None
     torch.manual_seed(args.seed)
     encoder, network = build(args, len(data.classes), device)
@@ -623,7 +623,6 @@ def main(argv=None):
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    hold, decay = milestones(args, steps_per_epoch, steps)
     how = step_options(args, config["shift"], precision)
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
