@@ -598,8 +598,10 @@ def main(argv=None):
     encoder, network = build(args, len(data.classes), device)
     config = describe(args, encoder, network, data.classes)
     if args.decoder:
-        decoder = read_weights(args.decoder, "--decoder").get("config", {})
-        check_pair(config, "this run", decoder, f"--decoder {args.decoder}")
+        decoder = read_weights(args.decoder, "--decoder")
+        if decoder.get("format") == FORMAT:
+            raise SystemExit(f"--decoder {args.decoder}: is a flow of flow_train.py, not a decoder")
+        check_pair(config, "this run", decoder.get("config", {}), f"--decoder {args.decoder}")
     ema = copy.deepcopy(network).requires_grad_(False)
     optimizer = adamw(network, args.lr)
     state = {"model": network, "ema": ema, "optimizer": optimizer}
