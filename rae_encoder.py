@@ -771,7 +771,7 @@ def main(argv=None):
     if not 2 <= num <= len(data):
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and statistics need two")
     folder = os.path.dirname(os.path.abspath(args.out))
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
     if rank == 0:
