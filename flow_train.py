@@ -278,7 +278,9 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     num = min(args.stats_images, len(source))
     order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
     if isinstance(source, LatentCache):
-        return latent_statistics(source.latents[[i for _, i in keys]] for keys in order)
+        # On the device, since that is where ranks exchange the sums.
+        device = encoder.mean.device
+        return latent_statistics(source.latents[[i for _, i in keys]].to(device) for keys in order)
     whole = copy.copy(source)
     whole.augment = None
     views = encode_views(encoder, whole, order, args.workers)
