@@ -464,7 +464,9 @@ def resume(source, form, config, state, steps):
     checkpoint = read_weights(source, "--resume")
     if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
         raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
-    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
+    # Older versions have a patch size, always 1, and the precision among their flags.
+    checkpoint["config"].get("sizes", {}).pop("patch", None)
+    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
     for key, value in config.items():
         before = checkpoint["config"].get(key, value)  # those of older versions may lack it
         if before != value:
