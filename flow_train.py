@@ -566,6 +566,14 @@ def describe(args, encoder, network, classes):
     }
 
 
+def check_decoder(path, config):
+    """Raises SystemExit for a --decoder that can't decode this run's latents."""
+    decoder = read_weights(path, "--decoder")
+    if decoder.get("format") == FORMAT:
+        raise SystemExit(f"--decoder {path}: is a flow of flow_train.py, not a decoder")
+    check_pair(config, "this run", decoder.get("config", {}), f"--decoder {path}")
+
+
 def save_preview(folder, last, decoder, num_classes, device):
     """Samples of the EMA, by the sampler that users run: the grid of `folder`.png, a column a class."""
     if device.type == "cuda":
@@ -602,10 +610,7 @@ def main(argv=None):
     encoder, network = build(args, len(data.classes), device)
     config = describe(args, encoder, network, data.classes)
     if args.decoder:
-        decoder = read_weights(args.decoder, "--decoder")
-        if decoder.get("format") == FORMAT:
-            raise SystemExit(f"--decoder {args.decoder}: is a flow of flow_train.py, not a decoder")
-        check_pair(config, "this run", decoder.get("config", {}), f"--decoder {args.decoder}")
+        check_decoder(args.decoder, config)
     ema = copy.deepcopy(network).requires_grad_(False)
     optimizer = adamw(network, args.lr)
     state = {"model": network, "ema": ema, "optimizer": optimizer}
