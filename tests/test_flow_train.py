@@ -74,6 +74,10 @@ def test_a_run_measured_in_steps_decays_over_its_second_half():
     expected = {0: 2e-4, 500: 2e-4, 750: 1.1e-4, 1000: 2e-5}
     for step, lr in expected.items():
         assert flow_train.learning_rate(step, hold, decay, 2e-4, 2e-5) == pytest.approx(lr)
+    # Held up to its end or beyond, it would never decay, or from the first step on be the last.
+    for epochs in (0.8, 1):
+        args = argparse.Namespace(hold_epochs=epochs, decay_epochs=None)
+        assert "--hold-epochs ends at step" in message(flow_train.milestones, args, 1251, 1000)
 
 
 SMALL = dict(width=16, depth=1, heads=2, head_width=32, head_depth=1, head_heads=2)
@@ -147,6 +151,7 @@ def fit_one_image(width):
     return np.mean(losses[300:])
 
 
+@pytest.mark.slow
 def test_theorem_1_a_network_narrower_than_a_token_cannot_fit_one_image():
     token_width, narrow = 16, 8
     bound = (token_width - narrow) / token_width
