@@ -328,7 +328,11 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(folder, monkeypatch,
         flags += ["--gan-weight", "0"]
     with monkeypatch.context() as patch:
         poison(patch, module, function, bad=(2, *range(4, 13)))
-        module.main([*flags, "--out", "runs/nine"])
+        module.main([*flags, "--out", "runs/nine", "--keep-every", "1"])
+    first, second, third = (read(f"runs/nine/{step:07d}.pt") for step in (1, 2, 3))
+    for key in ("model", "ema"):
+        assert equal(first[key], second[key]) and not equal(second[key], third[key])
+    assert equal(first["optimizer"]["state"], second["optimizer"]["state"])
     assert read("runs/nine/last.pt")["step"] == 14
     records = [json.loads(line) for line in Path("runs/nine/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" not in record] == [2, *range(4, 13)]
