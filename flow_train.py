@@ -672,4 +672,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    rae_encoder.run(main)

@@ -946,4 +946,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    rae_encoder.run(main)

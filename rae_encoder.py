@@ -278,6 +278,16 @@ def set_up(args):
     return rank, world, device
 
 
+def run(main):
+    """main(), which Ctrl-C ends in one line and with exit code 130, as the shell has it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted; nothing new was written, the same command starts again", file=sys.stderr)
+        sys.exit(130)
+
+
 def reason(error):
     """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -798,4 +808,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
