@@ -248,6 +248,22 @@ def test_ctrl_c_under_torchrun(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", [rae_encoder, rae_decoder_train, flow_train])
+def test_ctrl_c_before_the_first_step(folder, module):
+    """One line and 130, also in the middle of loading: here while the images are listed."""
+    os.mkdir("slow")
+    Path("slow/sitecustomize.py").write_text(
+        "import os, signal\n"
+        "walk = os.walk\n"
+        "os.walk = lambda *args, **flags: os.kill(os.getpid(), signal.SIGINT) or walk(*args, **flags)\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(["slow", os.environ["PYTHONPATH"]])}
+    result = subprocess.run([sys.executable, module.__file__], capture_output=True, text=True, env=env)
+    assert result.returncode == 130
+    assert result.stderr == "\ninterrupted; nothing new was written, the same command starts again\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
 def test_a_folder_has_one_run_and_the_lock_dies_with_it(folder, script):
     first = start(script, 1, "run", "--steps", 10**5, "--workers", 2)
