@@ -131,7 +131,7 @@ def parse_args(argv=None):
     add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
     add("--eval-every", type=count, default=2500, help="steps (%(default)s)")
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, {"epochs": ["steps"]})
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
     if args.keep_every and args.keep_every % args.save_every:
@@ -714,7 +714,9 @@ def resume(source, form, config, state, steps):
     checkpoint = read_weights(source, "--resume")
     if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
         raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
-    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
+    # Older versions have a patch size, always 1, and the precision among their flags.
+    checkpoint["config"].get("sizes", {}).pop("patch", None)
+    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
     for key, value in config.items():
         before = checkpoint["config"].get(key, value)  # those of older versions may lack it
         if before != value:
@@ -750,9 +752,10 @@ def announce(log, args, data, models, network, run):
 
 def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
+    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not progress.disable:  # rank 0
+    if not silent:
         line = [f"{last}: step {step} of {steps}"]
         if step < steps:
             line.append("stopped, the same command goes on from here")
@@ -945,4 +948,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    rae_encoder.run(main)

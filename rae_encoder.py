@@ -180,18 +180,23 @@ def training_parser(description, presets):
     return parser, group
 
 
-def parse_with_preset(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
-    # These decide the other defaults, so they are looked at first.
+def parse_with_preset(parser, presets, argv, replaced=None):
+    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data.
+
+    replaced: {flag: the defaults of a preset that don't hold where it is given}.
+    """
+    # --preset and --data decide the other defaults, so they are looked at first.
+    replaced = replaced or {}
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--data", "--epochs"):
-        first.add_argument(flag)
+    for flag in ("preset", "data", *replaced):
+        first.add_argument(f"--{flag}")
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    defaults = presets.get(name, {}) | {"preset": name}
-    if given.epochs:
-        defaults["steps"] = None  # else a preset's steps would count instead
-    parser.set_defaults(**defaults)
+    defaults = dict(presets.get(name, {}))
+    for flag, keys in replaced.items():
+        if getattr(given, flag):
+            defaults = {key: value for key, value in defaults.items() if key not in keys}
+    parser.set_defaults(**defaults, preset=name)
     args = parser.parse_args(argv)
 
     if not args.data:
@@ -272,6 +277,16 @@ def set_up(args):
     if world > 1:
         dist.barrier()
     return rank, world, device
+
+
+def run(main):
+    """main(), which Ctrl-C ends in one line and with exit code 130, as the shell has it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted; nothing new was written, the same command starts again", file=sys.stderr)
+        sys.exit(130)
 
 
 def reason(error):
@@ -771,7 +786,7 @@ def main(argv=None):
         needed = f"statistics need two and one a rank, {max(2, world)}"
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
     folder = os.path.dirname(os.path.abspath(args.out))
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights).to(device)
     if rank == 0:
@@ -798,4 +813,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

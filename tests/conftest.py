@@ -12,7 +12,7 @@ import rae_encoder  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than about 3 s, or starts processes")
+    config.addinivalue_line("markers", "slow: starts processes or takes longer than three seconds")
 
 
 def read(path):
