@@ -147,13 +147,11 @@ def parse_args(argv=None):
         help="encode all images once, into memory (%(default)s)",
     )
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
-    if (
-        args.hold_epochs is not None
-        and args.decay_epochs is not None
-        and args.decay_epochs <= args.hold_epochs
-    ):
-        raise SystemExit(f"--decay-epochs {args.decay_epochs} is not after --hold-epochs {args.hold_epochs}")
+    # A preset's sizes are of its own network, and its length gives way to another.
+    replaced = {"model": SIZES, "epochs": ["steps"]}
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, replaced)
+    if args.keep_every and args.keep_every % args.save_every:
+        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
 
 
@@ -193,9 +191,12 @@ def learning_rate(step, hold, decay, lr, final_lr):
 
 
 def milestones(args, steps_per_epoch, steps):
-    """The steps at which the decay of the learning rate begins and ends."""
+    """The steps at which the decay of the learning rate begins and ends. SystemExit where it ends first."""
     hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
     decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
+    if decay <= hold:
+        problem = f"--hold-epochs ends at step {hold:g}, --decay-epochs at step {decay:g}"
+        raise SystemExit(f"{problem}: the learning rate must be held first")
     return hold, decay
 
 
@@ -280,7 +281,9 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     num = min(args.stats_images, len(source))
     order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
     if isinstance(source, LatentCache):
-        return latent_statistics(source.latents[[i for _, i in keys]] for keys in order)
+        # On the device, since that is where ranks exchange the sums.
+        device = encoder.mean.device
+        return latent_statistics(source.latents[[i for _, i in keys]].to(device) for keys in order)
     whole = copy.copy(source)
     whole.augment = None
     views = encode_views(encoder, whole, order, args.workers)
@@ -462,9 +465,11 @@ def resume(source, form, config, state, steps):
     if source is None:
         return {"step": 0}
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
-    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
+    # Older versions have a patch size, always 1, and the precision among their flags.
+    checkpoint["config"].get("sizes", {}).pop("patch", None)
+    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
     for key, value in config.items():
         before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
         if before != value:
@@ -500,9 +505,10 @@ def announce(log, args, data, models, network, run):
 
 def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
+    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not progress.disable:  # rank 0
+    if not silent:
         line = [f"{last}: step {step} of {steps}"]
         if step < steps:
             line.append("stopped, the same command goes on from here")
@@ -564,6 +570,14 @@ def describe(args, encoder, network, classes):
     }
 
 
+def check_decoder(path, config):
+    """Raises SystemExit for a --decoder that can't decode this run's latents."""
+    decoder = read_weights(path, "--decoder")
+    if decoder.get("format") == FORMAT:
+        raise SystemExit(f"--decoder {path}: is a flow of flow_train.py, not a decoder")
+    check_pair(config, "this run", decoder.get("config", {}), f"--decoder {path}")
+
+
 def save_preview(folder, last, decoder, num_classes, device):
     """Samples of the EMA, by the sampler that users run: the grid of `folder`.png, a column a class."""
     if device.type == "cuda":
@@ -594,13 +608,13 @@ def main(argv=None):
     augment = None if args.cache_latents else "flip"  # the cache has both views of an image
     data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
     steps_per_epoch, steps = plan_steps(len(data), args, world)
+    hold, decay = milestones(args, steps_per_epoch, steps)
     log = open_log(args.out) if rank == 0 else None
     torch.manual_seed(args.seed)
     encoder, network = build(args, len(data.classes), device)
     config = describe(args, encoder, network, data.classes)
     if args.decoder:
-        decoder = read_weights(args.decoder, "--decoder").get("config", {})
-        check_pair(config, "this run", decoder, f"--decoder {args.decoder}")
+        check_decoder(args.decoder, config)
     ema = copy.deepcopy(network).requires_grad_(False)
     optimizer = adamw(network, args.lr)
     state = {"model": network, "ema": ema, "optimizer": optimizer}
@@ -624,7 +638,6 @@ def main(argv=None):
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    hold, decay = milestones(args, steps_per_epoch, steps)
     how = step_options(args, config["shift"], precision)
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
@@ -663,4 +676,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    rae_encoder.run(main)

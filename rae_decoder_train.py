@@ -137,7 +137,7 @@ def parse_args(argv=None):
     add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
     add("--eval-every", type=count, default=2500, help="steps (%(default)s)")
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, {"epochs": ["steps"]})
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
     if args.layer_subsets and not args.layers:
@@ -280,8 +280,10 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
 def released_state(file):
     """The decoder's state dict in a file of the authors: bare, one level down, or beside its encoder's."""
     for level in ("ema", "model", "module", "state_dict"):
-        file = file.get(level, file)
-    state = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in file.items()}
+        if isinstance(file.get(level), dict):
+            file = file[level]
+    # torch.compile puts its prefix outside or inside of DDP's.
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
     return inner or state
 
@@ -738,9 +740,11 @@ def resume(source, form, config, state, steps):
     if source is None:
         return {"step": 0}
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", *state}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint of such a run")
-    checkpoint["config"].get("sizes", {}).pop("patch", None)  # of older versions, always 1
+    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
+    # Older versions have a patch size, always 1, and the precision among their flags.
+    checkpoint["config"].get("sizes", {}).pop("patch", None)
+    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
     for key, value in config.items():
         before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
         if before != value:
@@ -776,9 +780,10 @@ def announce(log, args, data, models, network, run):
 
 def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
+    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not progress.disable:  # rank 0
+    if not silent:
         line = [f"{last}: step {step} of {steps}"]
         if step < steps:
             line.append("stopped, the same command goes on from here")
@@ -974,4 +979,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    rae_encoder.run(main)

@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import zipfile
 
 import numpy as np
 import timm
@@ -199,15 +200,23 @@ def training_parser(description, presets):
     return parser, group
 
 
-def parse_with_preset(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
+def parse_with_preset(parser, presets, argv, replaced=None):
+    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data.
+
+    replaced: {flag: the defaults of a preset that don't hold where it is given}.
+    """
     # --preset and --data decide the other defaults, so they are looked at first.
+    replaced = replaced or {}
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--data")
+    for flag in ("preset", "data", *replaced):
+        first.add_argument(f"--{flag}")
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    parser.set_defaults(**presets.get(name, {}), preset=name)
+    defaults = dict(presets.get(name, {}))
+    for flag, keys in replaced.items():
+        if getattr(given, flag):
+            defaults = {key: value for key, value in defaults.items() if key not in keys}
+    parser.set_defaults(**defaults, preset=name)
     args = parser.parse_args(argv)
 
     if not args.data:
@@ -290,6 +299,16 @@ def set_up(args):
     return rank, world, device
 
 
+def run(main):
+    """main(), which Ctrl-C ends in one line and with exit code 130, as the shell has it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted; nothing new was written, the same command starts again", file=sys.stderr)
+        sys.exit(130)
+
+
 def reason(error):
     """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -308,7 +327,9 @@ def read_weights(path, flag):
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        # Files of before torch 1.6, such as torchvision's VGG-16, are no zip files and can't be mapped.
+        mapped = zipfile.is_zipfile(path)
+        return dict(torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
     except Exception as error:  # torch and safetensors raise many kinds
         raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
 
@@ -657,7 +678,7 @@ def read_vit(path, flag):
     if not os.path.isfile(path):
         raise SystemExit(f"{flag} {path}: no such file (`random` for an untrained network)")
     try:
-        state = load_state_dict(path)
+        state = load_state_dict(path, weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds
         raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
     return {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -681,7 +702,8 @@ class Encoder(nn.Module):
     def __init__(self, name, encoder_size=None, image_size=256, weights=None, layers=None):
         super().__init__()
         self.vit = load_vit(timm_name(name), weights)
-        plain = hasattr(self.vit, "num_prefix_tokens") and hasattr(self.vit, "set_input_size")
+        needed = ("num_prefix_tokens", "pos_embed", "set_input_size")
+        plain = all(hasattr(self.vit, attribute) for attribute in needed)
         if not plain or not isinstance(self.vit.patch_embed, PatchEmbed):
             raise SystemExit(f"--encoder {name}: not a plain ViT, with patches and tokens of one size")
         self.hash = fingerprint(self.vit.state_dict().values())
@@ -798,10 +820,11 @@ def main(argv=None):
     # Everything that can be wrong is found before the work
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = args.num or len(data)
-    if not 2 <= num <= len(data):
-        raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and statistics need two")
+    if not max(2, world) <= num <= len(data):
+        needed = f"statistics need two and one a rank, {max(2, world)}"
+        raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
     folder = os.path.dirname(os.path.abspath(args.out))
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     encoder.to(device)
@@ -829,4 +852,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

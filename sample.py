@@ -5,8 +5,9 @@ Image i depends on checkpoints, seed and i alone; batch size, number of ranks an
 
     python sample.py                                        # the demo: a minute on a laptop
     torchrun --nproc_per_node 8 sample.py --preset imagenet256 --cfg 1.42 --autoguide weak.pt --npz
-    python sample.py --preset imagenet256 --flow stage2_model.pt --decoder model.pt --stats stat.pt --num 16
+    python sample.py --preset imagenet256 --flow stage2_model.pt --decoder model.pt --stats stat.pt -n 16
     python sample.py --reconstruct imagenet/val --out reconstructions
+
 Letters in shapes: B batch, C latent channels, G latent positions a side, S image size.
 """
 
@@ -15,8 +16,14 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,37 +32,141 @@ from PIL import Image
 from tqdm import tqdm
 
 import dit_dh
-import rae_encoder
 from rae_decoder_train import load_decoder
-from rae_encoder import DEMO, Encoder, ImageData, even_order, load_images, load_statistics
+from rae_encoder import (
+    Encoder,
+    ImageData,
+    Parser,
+    amount,
+    bounded,
+    check_pair,
+    choose_precision,
+    count,
+    even_order,
+    fingerprint,
+    fraction,
+    join_ranks,
+    keep_freed_memory,
+    load_images,
+    load_statistics,
+    positive,
+    reason,
+    whole,
+    write_file,
+)
 
-IMAGENET = dict(
-    flow="runs/flow/last.pt", decoder="runs/decoder/last.pt", num=50_000, steps=50, solver="euler", t_end=0.0,
-    encoder="dinov2-base", reuse_body=1, batch_size=256, precision="bf16", workers=8, seed=0,
-    latent_noise=0.0, out="samples",
-)  # fmt: skip
+MAX_NUM = 1_000_000  # images of one seed
+# What differs from the flags' own defaults. FID is of 50,000 images; those of 512 px take more memory.
 PRESETS = {
-    "demo": IMAGENET | dict(num=400, steps=None, batch_size=100, workers=2),  # steps, cfg: by the checkpoint
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(batch_size=64),
+    "demo": {},
+    "small": {},
+    "imagenet256": {"num": 50_000},
+    "imagenet512": {"num": 50_000, "batch_size": 64},
 }
 
 
+def parse_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: 50,000 images")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
+    add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
+    add("--stats", metavar="FILE", help="latent statistics; default: those in the flow checkpoint")
+    add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
+    add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
+
+    add = parser.add_argument_group("sampling").add_argument
+    # These bounds keep the images' own seeds apart (draw_noise).
+    number = bounded(int, lambda value: 1 <= value <= MAX_NUM, f"a whole number from 1 to {MAX_NUM:,}")
+    seed = bounded(int, lambda value: 0 <= value <= 4293, "a whole number from 0 to 4293")
+    # torchrun takes --num for an abbreviation of a flag of its own.
+    add("-n", "--num", type=number, default=400, help="images (%(default)s); under torchrun only as -n")
+    add("--classes", metavar="LIST", help="in turn: numbers from 0, or names, as cat,dog; default: all")
+    add("--seed", type=seed, default=0, help="image i starts from noise of (seed, i) (%(default)s)")
+    add("--steps", type=count, help="from t = 1 to t = 0; default: 50, the demo's network 25")
+    add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
+    add("--shift", type=positive, help="of the times, 1 is off; default: as in training")
+    add("--t-end", type=fraction, default=0.0, help="where the times end, before the shift (%(default)s)")
+    add("--cfg", type=amount, metavar="SCALE", help="of guidance; default: 1, off; the demo's network 2")
+    add("--guidance-interval", type=amount, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
+
+    add = parser.add_argument_group("reconstruction").add_argument
+    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images, by default all; PSNR")
+    add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
+    add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
+    add("--skip-broken", action="store_true", help="replace broken images by others and count them")
+    add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
+
+    add = parser.add_argument_group("computing").add_argument
+    add("--batch-size", type=count, default=256, help="images at once, over all ranks (%(default)s)")
+    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="samples", help="folder; what is there stays: resume. Grid: OUT.png (%(default)s)")
+    add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
+
+    # These two decide other defaults, so they are looked at first.
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--reconstruct")
+    given = first.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS.get(given.preset, {}))
+    if given.reconstruct:
+        parser.set_defaults(num=None)
+    args = parser.parse_args(argv)
+    check_together(args)
+    return args
+
+
+def check_together(args):
+    """Raises SystemExit for flags that contradict each other."""
+    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
+        raise SystemExit(f"--guidance-interval {args.guidance_interval}: expected MIN < MAX")
+    if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval):
+        raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
+    if args.reconstruct and (args.cfg is not None or args.npz or args.classes is not None or args.stats):
+        raise SystemExit("--reconstruct does not sample: no --cfg, --npz, --classes, --stats with it")
+    if args.latent_noise and not args.reconstruct:
+        raise SystemExit("--latent-noise is for --reconstruct DIR")
+
+
+# Formulas
+
+
 def time_grid(steps, a, t_end=0.0):
-    """The steps + 1 times from 1 to t_end, evenly spaced, then shifted by a as in training (section 4.2)."""
-    t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)  # released "50 steps": steps 49, t_end 0.001
+    """The steps + 1 times from 1 to t_end, evenly spaced, then shifted by a as in training (section 4.2).
+
+    The released code's "50 steps" are steps=49, t_end=0.001.
+    """
+    # In float64: a time at an end of the guidance interval must not fall out of it.
+    t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
     return a * t / (1 + (a - 1) * t)
 
 
 def sample_latents(velocity, noise, grid, solver="euler"):
-    """Integrates dx/dt = velocity(x, t) along grid from x = noise (B,C,G,G); solver: "euler" or "heun"."""
-    x, times = noise, grid.tolist()
+    """Integrates dx/dt = velocity(x, t) along the times of grid from x = noise (B,C,G,G).
+
+    velocity takes t as a number. solver: "euler", or "heun", which is of second order.
+    """
+    x = noise  # (B,C,G,G)
+    times = grid.tolist()
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(x, t)
-        if solver == "heun" and t_next != times[-1]:  # second order, plain Euler on the last interval
+        # Plain Euler on the last interval: the network is not trained at t = 0.
+        if solver == "heun" and t_next != times[-1]:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
         x = x + (t_next - t) * v
     return x
+
+
+def network_velocity(model, x, t, y):
+    """model's velocity (B,C,G,G), in fp32 under autocast too, where all images have one time t, a number."""
+    times = x.new_full((len(x),), t)  # (B,)
+    return model(x, times, y).float()
 
 
 def guided_velocity(x, t, y, network, weak=None, scale=1.0, interval=(0.0, 1.0), null=None):
@@ -67,280 +178,431 @@ def guided_velocity(x, t, y, network, weak=None, scale=1.0, interval=(0.0, 1.0),
     if scale == 1 or not interval[0] <= t <= interval[1]:
         return network(x, t, y)
     if weak:
-        v, v_base = network(x, t, y), weak(x, t, y)
+        v = network(x, t, y)
+        v_base = weak(x, t, y)
     else:
+        # One call with twice the batch is faster than two.
         y = torch.cat([y, torch.full_like(y, null)])  # (2B,)
-        v, v_base = network(torch.cat([x, x]), t, y).chunk(2)
+        v, v_base = network(torch.cat([x, x]), t, y).chunk(2)  # each (B,C,G,G)
     return v_base + scale * (v - v_base)
 
 
-def as_function(model, body_times):
-    """The network as (x, t, y) -> velocity in fp32, t a number; one function serves one batch.
-
-    A DiT-DH's body runs at body_times; its last output serves the head in between (DDT, Wang et al. 2025).
-    """
-    s = ()
-
-    def network(x, t, y):
-        nonlocal s
-        times = x.new_full((len(x),), t)
-        if not hasattr(model, "body"):
-            return model(x, times, y).float()
-        if len(s) != len(x) or t in body_times:  # the batch doubles where CFG begins
-            s = model.body(x, times, y)
-        return model.head(x, times, s).float()
-
-    return network
-
-
 def draw_noise(indices, shape, seed):
-    """Noise (B,C,G,G) of the images `indices`, each its own by (seed, i); made on the CPU, in fp32."""
-    generators = (torch.Generator().manual_seed((seed << 32) + i) for i in indices)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    """Noise (B,C,G,G) of the images `indices`, each its own by (seed, i); made on the CPU, in fp32.
+
+    torch's CPU generator reads 32 bits of its seed: for i < 1,000,000 and seed <= 4,293 no two are equal.
+    """
+    noise = []
+    for i in indices:
+        generator = torch.Generator().manual_seed(seed * MAX_NUM + i)
+        noise.append(torch.randn(shape, generator=generator))  # (C,G,G)
+    return torch.stack(noise)
 
 
 def to_pixels(images):
     """Images (B,3,S,S) about [0,1] -> uint8 (B,S,S,3) in numpy; rounded, the released code truncates."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    levels = (images.clamp(0, 1) * 255).round().byte()
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_image(path, pixels):
-    """Written beside it and renamed, so that a PNG that is there is whole."""
-    try:
-        Image.fromarray(pixels).save(path + ".tmp", format="PNG")
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        raise SystemExit(f"{path}: can't be written ({error}); the same command goes on from there") from None
+# What there is to make: samples or reconstructions
 
 
-def fingerprint(*tensors):
-    """A short hash of the first values of each tensor: cheap, and a step of training changes it."""
-    start = [tensor.detach().flatten()[:1000].cpu() for tensor in tensors]
-    return hashlib.sha256(torch.cat(start).numpy().tobytes()).hexdigest()[:12]
+class Job(NamedTuple):
+    """The images to be made: how many, of what, and by which function."""
+
+    number: int
+    settings: dict  # what decides the pixels
+    images: Callable  # lists of indices below number -> for each list images (B,3,S,S)
+    labels: list | None = None  # of samples
+    originals: ImageData | None = None  # of reconstructions
 
 
-def claim_folder(out, settings, rank):
-    """OUT/settings.json has what decides the pixels; raises SystemExit for a folder of other settings."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            there = json.load(file)
-        keys = [key for key in there | settings if there.get(key) != settings.get(key)]
-        if keys:
-            what = ", ".join(f"{key} {there.get(key)} there and {settings.get(key)} here" for key in keys)
-            raise SystemExit(f"--out {out} has images of other settings ({what}): name another folder")
-    elif any(Path(out).glob("*.png")):
-        raise SystemExit(f"--out {out} has images, but no settings.json to tell whose: name another folder")
-    elif rank == 0:
-        try:
-            os.makedirs(out, exist_ok=True)
-            with open(path + ".tmp", "w") as file:
-                json.dump(settings, file, indent=1)
-            os.replace(path + ".tmp", path)
-        except OSError as error:
-            raise SystemExit(f"--out {out}: can't be written ({error})") from None
+def network_hash(tensors):
+    """A fingerprint of the first values of each tensor: cheap, and a step of training changes it."""
+    return fingerprint(tensor.flatten()[:1000] for tensor in tensors)
 
 
-def open_flow(args, decoder, config):
-    """(network, mean, std, shift), mean and std (C,G,G) of its latents. SystemExit if decoder has others."""
-    model, file = dit_dh.load(args.flow), dit_dh.read(args.flow)
-    flow = {"latent_shape": list(model.latent_shape)} | file.get("config", {})
-    config = {"latent_shape": [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]} | config
-    for key in ("encoder", "encoder_weights", "encoder_size", "latent_shape"):
-        # Of a file of weights the name counts: its folder differs from machine to machine.
-        a, b = (os.path.basename(str(source.get(key))) for source in (flow, config))
-        if key in flow and key in config and a != b:
-            raise SystemExit(f"--flow {args.flow} has {key} {a}, but --decoder {args.decoder} {b}: no pair")
-    if not args.stats and "mean" not in file:
+def class_numbers(text, names, num_classes, flow):
+    """The numbers of the classes in --classes, which may be names; None, that is all, without the flag.
+
+    Raises SystemExit for others.
+    """
+    if text is None:
+        return None
+    numbers = []
+    for name in text.split(","):
+        # A number stays a number where folders have digits for names, too.
+        if name.isdecimal() and int(name) < num_classes:
+            numbers.append(int(name))
+        elif name in names:
+            numbers.append(names.index(name))
+        else:
+            known = f", by name {', '.join(names[:10])}" if any(names) else ""
+            raise SystemExit(f"--classes {name}: --flow {flow} has 0 to {num_classes - 1}{known}")
+    return numbers
+
+
+def open_statistics(args, file, latent_shape):
+    """(mean, std), each (C,G,G), of the latents of the flow checkpoint `file`."""
+    if args.stats:
+        mean, var = load_statistics(args.stats, latent_shape, "--stats")
+    elif "mean" in file:
+        mean = file["mean"]
+        var = file["var"]
+    else:
         raise SystemExit(f"--flow {args.flow}: a bare state dict needs its latents' statistics, --stats FILE")
-    mean, var = load_statistics(args.stats, model.latent_shape) if args.stats else (file["mean"], file["var"])
-    demo = file.get("args", {}).get("data") == DEMO["data"]  # its small network needs guidance to draw shapes
-    args.steps = args.steps or (25 if demo else 50)
-    args.cfg = (2.0 if demo else 1.0) if args.cfg is None else args.cfg
-    shift = flow.get("shift", max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096)))  # section 4.2
-    return model, mean, (var + 1e-5).sqrt(), args.shift or shift
+    # The 1e-5 is in the normalisation that the network was trained with.
+    return mean, (var + 1e-5).sqrt()
 
 
-def open_sampling(args, decoder, config, device):
-    """Opens and checks what sampling needs; returns (images of index batches, labels, settings)."""
-    model, mean, std, shift = open_flow(args, decoder, config)
-    weak = dit_dh.load(args.autoguide) if args.autoguide else None
-    classes = args.classes or range(model.num_classes)
-    if not all(0 <= label < model.num_classes for label in classes):
-        raise SystemExit(f"--classes {args.classes}: {args.flow} has 0 to {model.num_classes - 1}")
-    if weak and (weak.latent_shape, weak.num_classes) != (model.latent_shape, model.num_classes):
+def open_weak(args, model):
+    """The weak network of --autoguide, or None. Raises SystemExit for one that does not fit to model."""
+    if not args.autoguide:
+        return None
+    weak = dit_dh.load(args.autoguide, "--autoguide")
+    if (weak.latent_shape, weak.num_classes) != (model.latent_shape, model.num_classes):
         raise SystemExit(f"--autoguide {args.autoguide}: other latents or classes than --flow {args.flow}")
-    if args.cfg != 1 and not weak and model.num_classes == 1:
-        raise SystemExit(f"--cfg {args.cfg}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
-    if args.reuse_body > 1 and not hasattr(model, "body"):
-        raise SystemExit(f"--reuse-body: {args.flow} is a DiT, only a DiT-DH has a body and a head")
-    for network in filter(None, (model, weak)):
-        network.to(device)
-        if args.compile or (args.compile is None and device.type == "cuda"):
-            for block in network.blocks:
-                block.compile()
-    keys = "seed classes steps solver t_end cfg guidance_interval reuse_body precision"
-    settings = {key: getattr(args, key) for key in keys.split()} | dict(shift=shift)
-    settings["flow"] = fingerprint(*model.parameters(), mean, std)
-    settings["autoguide"] = weak and fingerprint(*weak.parameters())
-    mean, std, grid = mean.to(device), std.to(device), time_grid(args.steps, shift, args.t_end)
-    body_times = set(grid[:: args.reuse_body].tolist())
-    guidance = dict(scale=args.cfg, interval=args.guidance_interval or (0, 1), null=model.num_classes)
-    labels = [classes[i % len(classes)] for i in range(args.num)]
-
-    def images(indices):
-        y = torch.tensor([labels[i] for i in indices], device=device)
-        networks = as_function(model, body_times), weak and as_function(weak, body_times)
-        noise = draw_noise(indices, model.latent_shape, args.seed).to(device)
-        velocity = lambda x, t: guided_velocity(x, t, y, *networks, **guidance)  # noqa: E731
-        return decoder(sample_latents(velocity, noise, grid, args.solver) * std + mean)
-
-    return lambda batches: map(images, batches), labels, settings
+    return weak
 
 
-def open_reconstruction(args, decoder, config, device):
-    """The same for decode(encode(image)); returns (images of index batches, the originals, settings)."""
+def prepare(model, device, compiled):
+    """model as a function (x, t, y) -> velocity on device. compiled: None means on CUDA."""
+    model.to(device)
+    if compiled or (compiled is None and device.type == "cuda"):
+        # Block by block, since blocks of one size share what is compiled.
+        for block in model.blocks:
+            block.compile()
+    return partial(network_velocity, model)
+
+
+def open_sampling(args, decoder, decoder_config, device, precision):
+    """Opens and checks what sampling needs -> Job. Raises SystemExit for networks that don't fit."""
+    model = dit_dh.load(args.flow, "--flow")
+    file = dit_dh.read(args.flow, "--flow")
+    # A released file has no config; the network tells the shape of its latents.
+    config = {"latent_shape": list(model.latent_shape)} | file.get("config", {})
+    check_pair(config, f"--flow {args.flow}", decoder_config, f"--decoder {args.decoder}")
+    mean, std = open_statistics(args, file, model.latent_shape)
+    weak = open_weak(args, model)
+
+    # The demo's small network draws shapes only when it is guided.
+    demo = file.get("args", {}).get("preset") == "demo"
+    steps, scale = (25, 2.0) if demo else (50, 1.0)
+    steps = args.steps or steps
+    scale = scale if args.cfg is None else args.cfg
+    if scale != 1 and not weak and model.num_classes == 1:
+        raise SystemExit(f"--cfg {scale}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
+
+    # Where the file does not tell the shift, the formula does (section 4.2).
+    formula = max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
+    shift = args.shift or config.get("shift", formula)
+
+    # The classes take turns: as the paper's FID has it, each has as many images.
+    classes = class_numbers(args.classes, config.get("classes", []), model.num_classes, args.flow)
+    cycle = classes or range(model.num_classes)
+    labels = [cycle[i % len(cycle)] for i in range(args.num)]
+
+    settings = {
+        "flow": network_hash([*model.parameters(), mean, std]),
+        "autoguide": network_hash(weak.parameters()) if weak else None,
+        "seed": args.seed,
+        "classes": classes,
+        "steps": steps,
+        "solver": args.solver,
+        "shift": shift,
+        "t_end": args.t_end,
+        "cfg": scale,
+        "guidance_interval": args.guidance_interval,
+        "precision": precision,
+    }
+    velocity = partial(
+        guided_velocity,
+        network=prepare(model, device, args.compile),
+        weak=prepare(weak, device, args.compile) if weak else None,
+        scale=scale,
+        interval=args.guidance_interval or (0, 1),
+        null=model.num_classes,
+    )
+    grid = time_grid(steps, shift, args.t_end)
+    mean = mean.to(device)  # (C,G,G)
+    std = std.to(device)  # (C,G,G)
+
+    def images(batches):
+        for indices in batches:
+            y = torch.tensor([labels[i] for i in indices], device=device)  # (B,)
+            noise = draw_noise(indices, model.latent_shape, args.seed).to(device)  # (B,C,G,G)
+            z = sample_latents(partial(velocity, y=y), noise, grid, args.solver)  # (B,C,G,G)
+            yield decoder(z * std + mean)  # (B,3,S,S)
+
+    return Job(args.num, settings, images, labels=labels)
+
+
+def files_hash(data):
+    """A hash of the names, sizes and times of all images: another picture under an old name changes it."""
+    digest = hashlib.sha256()
+    for i in range(len(data)):
+        path = data.path(i)
+        status = os.stat(path)
+        # The name below the folder: the folder itself may be named in more than one way.
+        name = os.path.relpath(path, data.root)
+        digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
+    return digest.hexdigest()[:12]
+
+
+def open_reconstruction(args, decoder, decoder_config, device, precision):
+    """Opens and checks what decode(encode(image)) needs -> Job. Raises SystemExit for another encoder."""
     size = decoder.grid * decoder.patch_size
-    data = ImageData(args.reconstruct, size, None, 0, args.skip_broken, "--reconstruct")
-    args.num = min(args.num or len(data), len(data))
-    (keys,) = even_order(len(data), args.num, args.num)
-    weights = args.encoder_weights = args.encoder_weights or config.get("encoder_weights")
+    data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
+    # Fewer than all are drawn evenly over the classes.
+    number = min(args.num or len(data), len(data))
+    (keys,) = even_order(len(data), number, number)
+
     # A bare decoder does not tell the encoder's size, but its tokens: by default each is of 16 pixels.
-    encoder = Encoder(config["encoder"], config.get("encoder_size"), 16 * decoder.grid, weights).to(device)
+    name = decoder_config["encoder"]
+    weights = args.encoder_weights or decoder_config.get("encoder_weights")
+    encoder = Encoder(name, decoder_config.get("encoder_size"), 16 * decoder.grid, weights).to(device)
+
+    # The decoder was trained with one encoder, which its checkpoint knows by a hash.
+    config = {"encoder_hash": encoder.hash, "latent_shape": [encoder.width, encoder.grid, encoder.grid]}
+    source = f"--encoder-weights {weights}" if weights else f"encoder {name}"
+    check_pair(config, source, decoder_config, f"--decoder {args.decoder}")
+
+    settings = {
+        "images": files_hash(data),
+        "num": number,
+        "skip_broken": args.skip_broken,
+        "encoder": encoder.hash,
+        "latent_noise": args.latent_noise,
+        "seed": args.seed,
+        "precision": precision,
+    }
 
     def images(batches):
         order = [[keys[i] for i in indices] for indices in batches]
-        for indices, (x, _) in zip(batches, load_images(data, order, device, args.workers), strict=True):
-            z = encoder(x)
-            yield decoder(z + args.latent_noise * draw_noise(indices, z.shape[1:], args.seed).to(device))
+        loaded = load_images(data, order, device, args.workers)
+        for indices, (x, _) in zip(batches, loaded, strict=True):
+            z = encoder(x)  # (B,C,G,G)
+            noise = draw_noise(indices, z.shape[1:], args.seed).to(device)  # (B,C,G,G)
+            yield decoder(z + args.latent_noise * noise)  # (B,3,S,S)
 
-    names = "reconstruct num encoder_weights latent_noise seed skip_broken precision"
-    settings = {key: getattr(args, key) for key in names.split()}
-    return images, data, settings | dict(encoder=config["encoder"])
+    return Job(number, settings, images, originals=data)
+
+
+# The folder of images
+
+
+def check_settings(out, path, settings):
+    """Raises SystemExit where `path`, OUT/settings.json, says that the images are of other settings."""
+    try:
+        with open(path) as file:
+            stored = dict(json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
+
+    # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
+    if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
+        del stored["reuse_body"]
+        stored["demo"] = settings["demo"]
+
+    differences = []
+    for key in stored | settings:
+        if stored.get(key) != settings.get(key):
+            differences.append(f"{key} {stored.get(key)} there and {settings.get(key)} here")
+    if differences:
+        problem = f"has images of other settings ({', '.join(differences)})"
+        raise SystemExit(f"--out {out} {problem}: name another folder")
+
+
+def claim_folder(out, settings, files):
+    """Makes the folder OUT and OUT/settings.json -> the indices of the images that are not in it yet.
+
+    Raises SystemExit for a folder of other settings, and where OUT or a file beside it can't be written: that
+    must show before the work, not after it.
+    """
+    path = os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        check_settings(out, path, settings)
+    elif any(Path(out).glob("*.png")):
+        raise SystemExit(f"--out {out} has images, but no settings.json to tell whose: name another folder")
+
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {out}: can't be written ({reason(error)})") from None
+    beside = os.path.abspath(out)
+    parent = os.path.dirname(beside)
+    if not os.access(parent, os.W_OK):
+        raise SystemExit(f"--out {out}: {beside}.png can't be written, no permission for {parent}")
+    if os.path.isdir(f"{beside}.png") or os.path.isdir(f"{beside}.npz"):
+        raise SystemExit(f"--out {out}: {beside}.png and .npz are to be files, but one is a folder")
+
+    # Written each time anew, since that shows whether OUT can be written into.
+    write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    return [i for i, file in enumerate(files) if not os.path.exists(file)]
+
+
+def on_first_rank(function, rank, world):
+    """function() of rank 0, for all ranks: a network disk may show each of them other files.
+
+    Where it raises SystemExit all ranks end, and rank 0 says why.
+    """
+    result = None
+    problem = None
+    if rank == 0:
+        try:
+            result = function()
+        except SystemExit as error:
+            problem = str(error)
+    if world > 1:
+        answer = [result, problem]
+        dist.broadcast_object_list(answer)
+        result, problem = answer
+    if problem:
+        raise SystemExit(problem if rank == 0 else 1)
+    return result
+
+
+# What is written
+
+
+def save_image(path, pixels):
+    """Writes pixels (H,W,3) as a PNG that is whole wherever it is seen."""
+    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+
+
+def make_images(job, batches, files, progress, world):
+    """Makes and writes the images of each list of indices; the bar moves as if all ranks kept step."""
+    # In threads, since PNGs one after the other took a quarter of the time of sampling.
+    with ThreadPoolExecutor() as threads:
+        for indices, images in zip(batches, job.images(batches), strict=True):
+            paths = [files[i] for i in indices]
+            list(threads.map(save_image, paths, to_pixels(images)))  # raises what a thread raised
+            progress.update(min(world * len(indices), progress.total - progress.n))
+
+
+def write_grid(path, files, labels):
+    """The first 100 images on one sheet; where it can be, each column is of one class."""
+    classes = len(set(labels or [0]))
+    # Up to ten, a multiple of the number of classes.
+    columns = 10 - 10 % classes if classes <= 10 else 10
+    tiles = [np.array(Image.open(file)) for file in files[:100]]  # each (S,S,3)
+    size = len(tiles[0])
+    rows = math.ceil(len(tiles) / columns)
+
+    # White where the last row is not full.
+    sheet = np.full((rows * columns, size, size, 3), 255, np.uint8)
+    sheet[: len(tiles)] = tiles
+    sheet = sheet.reshape(rows, columns, size, size, 3).swapaxes(1, 2)  # (rows,S,columns,S,3)
+    save_image(path, sheet.reshape(rows * size, columns * size, 3))
+
+
+def write_npz(path, files, labels):
+    """arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,), as np.savez writes them."""
+    shape = np.array(Image.open(files[0])).shape  # (S,S,3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+
+    # One image in memory at a time: 50,000 of 256 px are 10 GB.
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            # Without zip64 a member ends at 4 GB.
+            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for name in files:
+                    array.write(np.array(Image.open(name)).tobytes())
+            with archive.open("arr_1.npy", "w") as array:
+                np.lib.format.write_array(array, np.array(labels))
+
+    write_file(path, write)
+
+
+def mean_psnr(files, originals, workers):
+    """The mean over images of the PSNR in dB, on 8-bit pixels."""
+    # In the order in which open_reconstruction drew them.
+    order = even_order(len(originals), len(files), 1)
+    loaded = load_images(originals, order, torch.device("cpu"), workers)
+    psnr = []  # of each image
+    for file, (x, _) in zip(files, loaded, strict=True):
+        error = to_pixels(x)[0] - np.array(Image.open(file), float)  # (S,S,3)
+        psnr.append(10 * math.log10(255**2 / np.square(error).mean()))
+    return float(np.mean(psnr))
+
+
+# The command
+
+
+def first_line(args, job, missing, computing):
+    """What is made of what, and where."""
+    demo = "The demo: its numbers compare with nothing. " if job.settings["demo"] else ""
+    if job.originals:
+        source = job.originals.about
+    else:
+        source = f"{args.flow}, {job.settings['steps']} {args.solver} steps, guidance {job.settings['cfg']}"
+    target = f"{len(missing)} of {job.number} images in {args.out}"
+    return f"{demo}{source}, {args.decoder} -> {target}; {computing}"
+
+
+def end_interrupted(files, out, rank):
+    """Says what is kept and ends with 130, the exit code of commands that Ctrl-C ended."""
+    # torchrun sends the signal to its ranks once more.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if rank == 0:
+        state = "nothing was made yet"
+        if files:
+            done = sum(map(os.path.exists, files))
+            state = f"{done} of {len(files)} images are in {out}, the same command goes on"
+        print(f"interrupted; {state}", file=sys.stderr, flush=True)
+    # At once: sys.exit waits for loading processes, for ever where they had only half started.
+    os._exit(130)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rae_encoder.keep_freed_memory()
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world, device = max(1, world), torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    decoder, config = load_decoder(args.decoder, args.encoder)
-    config = {"encoder": args.encoder} | config
-    open_job = open_reconstruction if args.reconstruct else open_sampling
-    images, truth, settings = open_job(args, decoder.to(device), config, device)
-    settings["decoder"] = fingerprint(*decoder.parameters())
-    claim_folder(args.out, settings, rank)
-    files = [os.path.join(args.out, f"{i:06d}.png") for i in range(args.num)]
-    missing = [i for i, file in enumerate(files) if not os.path.exists(file)]
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        dist.barrier()  # nobody writes before everybody has looked
-    mine, size = missing[rank::world], max(1, args.batch_size // world)
-    batches = [mine[j : j + size] for j in range(0, len(mine), size)]
-    if rank == 0:
-        what = args.reconstruct or f"{args.flow}, {args.steps} {args.solver} steps, guidance {args.cfg}"
-        what += f", {args.decoder} -> {len(missing)} of {args.num} images in {args.out}"
-        if config.get("encoder_weights") == "random":
-            print("The demo, with an untrained encoder: its numbers compare with nothing.", file=sys.stderr)
-        print(f"{what}; {world} x {device.type}, {args.precision}", file=sys.stderr)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    with torch.no_grad(), autocast, tqdm(total=len(missing), unit="image", disable=rank > 0) as progress:
-        for indices, batch in zip(batches, images(batches), strict=True):
-            for i, pixels in zip(indices, to_pixels(batch), strict=True):
-                save_image(files[i], pixels)
-            progress.update(min(world * len(indices), len(missing) - progress.n))  # ranks keep step
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        finish(args, files, truth)
-
-
-def finish(args, files, truth):
-    """Writes the grid of the first 100 and OUT.npz; prints the PSNR of --reconstruct."""
-    tiles = [np.array(Image.open(file)) for file in files[:100]]
-    columns = 10 if args.reconstruct else 10 - 10 % len(set(truth)) or 10  # a column is of one class
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    name = os.path.normpath(args.out)
-    save_image(name + ".png", np.concatenate(rows))
-    if args.npz:  # arr_0 images, arr_1 labels; allocated once, as 50,000 images fill 10 GB
-        image = np.dtype((np.uint8, tiles[0].shape))
-        pixels = np.fromiter(map(np.array, map(Image.open, files)), image, count=args.num)
-        np.savez(name + ".tmp.npz", pixels, np.array(truth))
-        os.replace(name + ".tmp.npz", name + ".npz")
-    if args.reconstruct:  # the mean over images, on 8-bit pixels
-        originals = load_images(truth, even_order(len(truth), args.num, 1), torch.device("cpu"))
-        pairs = ((to_pixels(x)[0], Image.open(file)) for (x, _), file in zip(originals, files, strict=True))
-        errors = [np.square(original - np.array(image, float)).mean() for original, image in pairs]
-        psnr, broken = np.mean(10 * np.log10(255**2 / np.array(errors))), int(truth.broken.count_nonzero())
-        print(json.dumps(dict(psnr=psnr, images=args.num, broken=broken)))
-
-
-def class_list(text):
+    rank, world, device = join_ranks(args.device)
+    keep_freed_memory(device)
+    precision, why = choose_precision(args.precision, device)
+    files = []
     try:
-        return [int(label) for label in text.split(",")]
-    except ValueError:
-        raise SystemExit(f"--classes {text}: expected numbers between commas, as 1,5") from None
+        # What there is to make
+        decoder, config = load_decoder(args.decoder, args.encoder, "--decoder")
+        latent_shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]
+        config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
+        open_job = open_reconstruction if args.reconstruct else open_sampling
+        job = open_job(args, decoder.to(device), config, device, precision)
+        job.settings["decoder"] = network_hash(decoder.parameters())
+        job.settings["demo"] = config.get("preset") == "demo"  # for fid.py
 
+        # What a run before this one left
+        files = [os.path.join(args.out, f"{i:06d}.png") for i in range(job.number)]
+        missing = on_first_rank(lambda: claim_folder(args.out, job.settings, files), rank, world)
+        mine = missing[rank::world]
+        size = max(1, args.batch_size // world)
+        batches = [mine[j : j + size] for j in range(0, len(mine), size)]
 
-def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--preset", default="demo", choices=PRESETS, help="the defaults of all other flags")
-    add("--flow", help="checkpoint of flow_train.py, or a released stage2_model.pt")
-    add("--decoder", help="checkpoint of rae_decoder_train.py, or a released model.pt")
-    add("--stats", help="latent statistics; default: those in the flow checkpoint")
-    add("--encoder", help="that of a released decoder, for its mean and std; default dinov2-base")
-    add("--encoder-weights", help="for --reconstruct: file with timm's keys; default: the decoder's")
-    add("--num", type=int, help="images; with --reconstruct default all. `torchrun -- sample.py --num N`")
-    add("--classes", type=class_list, help="in turn, as 1,5; default: all")
-    add("--steps", type=int, help="from t = 1 to t = 0; default 50, for the demo's network 25")
-    add("--solver", choices=["euler", "heun"], help="heun: second order, two network calls a step")
-    add("--shift", type=float, help="of the times; default: as in training")
-    add("--t-end", type=float, help="where the times end, before the shift")
-    add("--cfg", type=float, metavar="SCALE", help="of guidance; default 1, that is off; the demo's has 2")
-    add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
-    add("--guidance-interval", type=float, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
-    add("--reuse-body", type=int, metavar="K", help="DiT-DH: run the body at every K-th step only")
-    add("--batch-size", type=int, help="images at once, over all ranks")
-    add("--precision", choices=["bf16", "fp32"], help="bf16 is autocast over fp32 weights and state")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--workers", type=int, help="image loading processes of a rank, for --reconstruct")
-    add("--seed", type=int, help="image i starts from noise of (seed, i)")
-    add("--out", help="folder of 000000.png ...; beside it a grid, OUT.png. Images in it are kept: resume")
-    add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
-    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of a folder instead, and its PSNR")
-    add("--skip-broken", action="store_true", help="with it: replace broken images by others and count them")
-    add("--latent-noise", type=float, metavar="SIGMA", help="with it: noise on the latents (section 4.3)")
-    given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS[given.preset] | (dict(num=None) if given.reconstruct else {}))
-    args = parser.parse_args(argv)
-    bounds = dict(steps=1, num=1, batch_size=1, reuse_body=1, seed=0, workers=0, cfg=0, latent_noise=0)
-    for flag, least in bounds.items():
-        value = getattr(args, flag)
-        if value is not None and not least <= value < 2**32:
-            raise SystemExit(f"--{flag.replace('_', '-')} {value}: expected {least} or more, below 2^32")
-    if not 0 <= args.t_end < 1:
-        raise SystemExit(f"--t-end {args.t_end}: expected 0 or more, below 1")
-    if args.shift is not None and args.shift <= 0:
-        raise SystemExit(f"--shift {args.shift}: expected more than 0; 1 is off")
-    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
-        raise SystemExit(f"--guidance-interval {args.guidance_interval}: expected MIN < MAX")
-    if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval):
-        raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
-    if args.reconstruct and (args.cfg or args.npz or args.classes or args.stats):
-        raise SystemExit("--reconstruct does not sample: no --cfg, --npz, --classes, --stats with it")
-    if args.latent_noise and not args.reconstruct:
-        raise SystemExit("--latent-noise is for --reconstruct DIR")
-    for path, script in ((args.decoder, "rae_decoder_train.py"), (args.flow, "flow_train.py")):
-        if not os.path.isfile(path) and not (args.reconstruct and path == args.flow):
-            raise SystemExit(f"{path}: no such file; {script} makes it")
-    return args
+        # The images
+        if rank == 0:
+            computing = f"{world} x {device.type}, {precision} ({why})"
+            print(first_line(args, job, missing, computing), file=sys.stderr)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        progress = tqdm(total=len(missing), unit="image", disable=rank > 0)
+        with torch.no_grad(), autocast, progress:
+            make_images(job, batches, files, progress, world)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+        # What is made of all of them
+        if rank == 0:
+            beside = os.path.abspath(args.out)
+            write_grid(f"{beside}.png", files, job.labels)
+            if args.npz:
+                write_npz(f"{beside}.npz", files, job.labels)
+            if job.originals:
+                psnr = mean_psnr(files, job.originals, args.workers)
+                broken = int(job.originals.broken.count_nonzero())
+                print(json.dumps({"psnr": psnr, "images": job.number, "broken": broken}))
+    except KeyboardInterrupt:
+        end_interrupted(files, args.out, rank)
 
 
 if __name__ == "__main__":

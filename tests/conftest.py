@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rae_encoder  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: starts processes or takes longer than three seconds")
+
+
 def read(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 

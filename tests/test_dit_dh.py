@@ -76,13 +76,21 @@ def position(width, grid):
 
 
 def naive_velocity(model, family, x, t, y):
-    """One image x (C, G, G), one time, one label."""
+    """One image x (C, G, G), one time, one label -> velocity, and the base's if the network has one."""
     w, sizes = {key: value.double() for key, value in model.state_dict().items()}, model.sizes
     grid, width, depth = x.shape[1], sizes["width"], sizes["depth"]
     x, t = x.double().flatten(1).T, t.double()
+    time, base = t, None
 
     def embed(name):
         return x @ w[f"{name}.proj.weight"].flatten(1).T + w[f"{name}.proj.bias"]
+
+    def final(name, h, c):
+        shift, scale = linear(w, f"{name}.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
+        out = linear(w, f"{name}.linear", rms(w, f"{name}.norm_final", h) * (1 + scale) + shift)
+        if model.prediction == "x":
+            out = (x - out) / max(time, 0.05)
+        return out.T.reshape(-1, grid, grid)
 
     angle = 2 * math.pi * t * w["t_embedder.W"]
     t = linear(w, "t_embedder.mlp.0", torch.cat([angle.sin(), angle.cos()]))
@@ -95,23 +103,110 @@ def naive_velocity(model, family, x, t, y):
         s = embed("s_embedder") + position(width, grid)
         for i in range(depth):
             s = naive_block(w, f"blocks.{i}", s, F.silu(c), sizes["heads"])
+            if i + 1 == model.base_depth:
+                q = F.silu(t + s)
+                base = final("base_layer", q, q)
         c = linear(w, "s_projector", F.silu(t + s))
         h, first, last, heads = embed("x_embedder"), depth, depth + sizes["head_depth"], sizes["head_heads"]
     for i in range(first, last):
         h = naive_block(w, f"blocks.{i}", h, c, heads)
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
-    h = linear(w, "final_layer.linear", rms(w, "final_layer.norm_final", h) * (1 + scale) + shift)
-    return h.T.reshape(-1, grid, grid)
+    return final("final_layer", h, c), base
 
 
+def test_position_is_exact_to_fp32():
+    """Angles computed in fp32 would be off by 8e-7 here."""
+    embedding = dit_dh.sincos_position(64, 32)
+    assert embedding.dtype == torch.float32 and embedding.shape == (1, 32 * 32, 64)
+    assert (embedding[0].double() - position(64, 32)).abs().max() <= 2**-25  # half a step of fp32 below 1
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
 @pytest.mark.parametrize("family", SMALL)
-def test_agrees_with_naive_formulas(family):
-    model, inputs = small(family)
+def test_agrees_with_naive_formulas(family, prediction):
+    model, inputs = small(family, prediction=prediction)
     with torch.no_grad():
         velocity = model(*inputs)
-        naive = torch.stack([naive_velocity(model, family, *sample) for sample in zip(*inputs, strict=True)])
+        samples = zip(*inputs, strict=True)
+        naive = torch.stack([naive_velocity(model, family, *sample)[0] for sample in samples])
     assert naive.std() > 0.1
     assert (velocity - naive).abs().max() < 1e-5 * naive.abs().max()
+
+
+# The base (RAEv2, section 5)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
+@pytest.mark.parametrize("base_depth", [1, 2, 3])
+def test_base_agrees_with_naive_formulas(base_depth, prediction):
+    model, inputs = small("DiT-DH", base_depth=base_depth, prediction=prediction)
+    with torch.no_grad():
+        outputs = model(*inputs, with_base=True)
+        alone = model(*inputs)
+        samples = zip(*inputs, strict=True)
+        naive = zip(*(naive_velocity(model, "DiT-DH", *sample) for sample in samples), strict=True)
+    for output, expected in zip(outputs, map(torch.stack, naive), strict=True):
+        assert expected.std() > 0.1
+        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(alone, outputs[0])
+
+
+def test_x_network_starts_at_velocity_x_over_t():
+    """Its first output is 0, so v = x_t / max(t, 0.05), of the base too."""
+    x, t = torch.randn(4, *SHAPE), torch.tensor([0.0, 0.03, 0.05, 1.0])
+    expected = torch.stack([x[0] / 0.05, x[1] / 0.05, x[2] / 0.05, x[3]])
+    for family, options in (("DiT", {}), ("DiT-DH", {"base_depth": 2})):
+        model = dit_dh.build(f"{family}-S", SHAPE, CLASSES, "x", **options, **SMALL[family])
+        assert torch.allclose(model(x, t, torch.arange(4)), expected, rtol=1e-6)
+    velocity, base = model(x, t, torch.arange(4), with_base=True)
+    assert torch.equal(velocity, base) and torch.allclose(base, expected, rtol=1e-6)
+
+
+def test_x_prediction_is_divided_in_fp32():
+    """Of an output in bf16, and with the true x as the output v = eps - x where t >= 0.05."""
+    x, noise = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    t = torch.tensor([0.05, 0.7])
+    noisy = torch.lerp(x, noise, t[:, None, None, None])
+    assert torch.allclose(dit_dh.to_velocity(x, noisy, t, "x"), noise - x, atol=1e-5)
+    output = x.bfloat16()
+    velocity = dit_dh.to_velocity(output, noisy.bfloat16(), t.bfloat16(), "x")
+    expected = (noisy.bfloat16().float() - output.float()) / t.bfloat16().float()[:, None, None, None]
+    assert velocity.dtype == torch.float32 and torch.allclose(velocity, expected, rtol=1e-6)
+
+
+def test_base_adds_its_parameters_and_changes_nothing_else():
+    """W + (W C + C) + (2 W W + 2 W) of them, named base_layer.*; without base the same names and bits."""
+    plain, inputs = small("DiT-DH")
+    model, _ = small("DiT-DH", base_depth=2)
+    added = {k: v for k, v in model.state_dict().items() if k not in plain.state_dict()}
+    width, channels = 32, SHAPE[0]
+    count = width + (width * channels + channels) + (2 * width * width + 2 * width)
+    assert sum(value.numel() for value in added.values()) == count
+    layers = ("norm_final.weight", "linear.weight", "linear.bias")
+    layers += ("adaLN_modulation.1.weight", "adaLN_modulation.1.bias")
+    assert set(added) == {f"base_layer.{layer}" for layer in layers}
+
+    model.load_state_dict(added | plain.state_dict())
+    for with_base in (False, True):
+        output = model(*inputs, with_base=with_base)
+        assert torch.equal(output[0] if with_base else output, plain(*inputs))
+
+    start = dit_dh.build("DiT-DH-S", SHAPE, CLASSES, base_depth=2, **SMALL["DiT-DH"]).base_layer
+    assert not any(p.any() for layer in (start.linear, start.adaLN_modulation) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_with_a_base_uses_every_parameter(recompute):
+    """In one compiled graph; DDP waits forever for the gradient of a parameter that isn't used."""
+    model, inputs = small("DiT-DH", depth=2, head_depth=1, base_depth=1, prediction="x")
+    model.train().checkpoint_activations = recompute
+    gradients = []
+    for network in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        model.zero_grad()
+        torch.manual_seed(1)
+        velocity, base = network(*inputs, with_base=True)
+        (velocity.square().mean() + base.square().mean()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -219,10 +314,24 @@ def test_norm_is_computed_in_fp32():
     assert torch.allclose(norm(x, zero, zero), torch.ones(()).half(), rtol=0.006)
 
 
-@pytest.mark.parametrize("level", ["bare", "ema", "nested", "safetensors"])
-@pytest.mark.parametrize("family", ["DiT", "DiT-DH", "DiT-DH of one width", "DiT-DH with patches"])
+def under(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+LEVELS = {
+    "bare": lambda state, other: state,
+    "ema": lambda state, other: {"model": other, "ema": state},
+    "nested": lambda state, other: {"model": {"state_dict": under("module.", state)}},
+    "compiled": lambda state, other: {"ema": under("_orig_mod.", state), "epoch": 3},
+    "compiled under DDP": lambda state, other: under("module._orig_mod.", state),
+    "DDP under compile": lambda state, other: under("_orig_mod.module.", state),
+}
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "safetensors"])
+@pytest.mark.parametrize("family", ["DiT", "DiT-DH", "DiT-DH of one width"])
 def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, level):
-    special = {"DiT-DH of one width": {"head_width": 32}, "DiT-DH with patches": {"patch": 2}}
+    special = {"DiT-DH of one width": {"head_width": 32}}
     model, inputs = small(family.split()[0], **special.get(family, {}))
     state, file = model.state_dict(), tmp_path / "model.pt"
     other = {key: torch.zeros_like(value) for key, value in state.items()}
@@ -230,19 +339,42 @@ def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, leve
         file = tmp_path / "model.safetensors"
         save_file(state, file)
     else:
-        nested = {"model": {"state_dict": {f"module.{key}": value for key, value in state.items()}}}
-        torch.save({"bare": state, "ema": {"model": other, "ema": state}, "nested": nested}[level], file)
+        torch.save(LEVELS[level](state, other), file)
     loaded = dit_dh.load(file)
     assert not loaded.training and type(loaded) is type(model)
     assert (loaded.sizes, loaded.latent_shape, loaded.num_classes) == (model.sizes, SHAPE, CLASSES)
     assert torch.equal(loaded(*inputs), model(*inputs))
 
 
-def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path):
+def test_bare_weights_tell_of_a_base(tmp_path):
+    """Its depth, which shapes don't tell, is 8, or the body's depth if that is less."""
+    for depth, base_depth in ((3, 3), (10, 8)):
+        model, inputs = small("DiT-DH", depth=depth, base_depth=base_depth)
+        torch.save(model.state_dict(), tmp_path / "bare.pt")
+        loaded = dit_dh.load(tmp_path / "bare.pt")
+        assert (loaded.prediction, loaded.base_depth) == ("v", base_depth)
+        outputs = zip(loaded(*inputs, with_base=True), model(*inputs, with_base=True), strict=True)
+        assert all(torch.equal(a, b) for a, b in outputs)
+
+
+def test_checkpoint_keeps_prediction_and_base_depth(tmp_path):
+    model, inputs = small("DiT-DH", prediction="x", base_depth=2)
+    config = {"model": "DiT-DH-S", "latent_shape": SHAPE, "num_classes": CLASSES, "sizes": model.sizes}
+    config |= {"prediction": model.prediction, "base_depth": model.base_depth}
+    torch.save({"format": "rae-flow/1", "config": config, "ema": model.state_dict()}, tmp_path / "last.pt")
+    loaded = dit_dh.load(tmp_path / "last.pt")
+    assert (loaded.prediction, loaded.base_depth, loaded.sizes) == ("x", 2, model.sizes)
+    outputs = zip(loaded(*inputs, with_base=True), model(*inputs, with_base=True), strict=True)
+    assert all(torch.equal(a, b) for a, b in outputs)
+
+
+@pytest.mark.parametrize("more_sizes", [{}, {"patch": 1}])  # older checkpoints hold the patch size
+def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path, more_sizes):
     # A head of one block and the body's width: only the config knows.
     model, inputs = small("DiT-DH", head_width=32, head_depth=1)
     state = model.state_dict()
-    config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES, "sizes": model.sizes}
+    config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES}
+    config["sizes"] = model.sizes | more_sizes
     online = {key: torch.zeros_like(value) for key, value in state.items()}
     torch.save(
         {"format": "rae-flow/1", "config": config, "model": online, "ema": state, "step": 3},
@@ -250,6 +382,7 @@ def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path):
     )
     loaded = dit_dh.load(tmp_path / "last.pt")
     assert loaded.sizes == model.sizes and torch.equal(loaded(*inputs), model(*inputs))
+    assert (loaded.prediction, loaded.base_depth) == ("v", None)
 
 
 class KeepInput(torch.nn.Module):
@@ -257,37 +390,77 @@ class KeepInput(torch.nn.Module):
         return x
 
 
-def test_patches_follow_the_convolution_and_the_order_row_column_channel():
+def test_tokens_are_positions_row_by_row():
     x = torch.randn(2, 3, 4, 4)
-    embedder = dit_dh.TokenEmbedder(3, 8, 2)
+    embedder = dit_dh.TokenEmbedder(3, 8)
     assert torch.allclose(embedder(x), embedder.proj(x).flatten(2).transpose(1, 2), atol=1e-6)
-    final = dit_dh.FinalLayer(12, 3, 2)
+    final = dit_dh.FinalLayer(3, 3)
     final.linear = torch.nn.Identity()
     final.norm_final = KeepInput()
-    tokens = torch.stack(
-        [x[:, :, r : r + 2, c : c + 2].permute(0, 2, 3, 1).flatten(1) for r in (0, 2) for c in (0, 2)], 1
-    )
-    assert torch.equal(final(tokens, torch.zeros(2, 1, 12)), x)
+    tokens = torch.stack([x[:, :, row, column] for row in range(4) for column in range(4)], 1)
+    assert torch.equal(final(tokens, torch.zeros(2, 1, 3)), x)
 
 
-def test_errors_are_one_line(tmp_path):
-    def message(function, *args, **sizes):
-        with pytest.raises(SystemExit) as error:
-            function(*args, **sizes)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+def test_names_in_any_case():
+    model = dit_dh.build("dit-dh-s", SHAPE, CLASSES, **SMALL["DiT-DH"])
+    assert isinstance(model, dit_dh.DiTDH) and model.sizes == SMALL["DiT-DH"]
+    assert isinstance(dit_dh.build("Dit-s", SHAPE, CLASSES, **SMALL["DiT"], head_width=None), dit_dh.DiT)
 
-    assert "DiT-SIZE" in message(dit_dh.build, "UNet-S", SHAPE, CLASSES)
-    assert "head_width" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, head_width=64)
-    assert "multiple" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, width=100)
+
+def message(function, *args, **options):
+    with pytest.raises(SystemExit) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_errors_of_build_are_one_line():
+    assert "UNet-S: neither DiT-SIZE" in message(dit_dh.build, "UNet-S", SHAPE, CLASSES)
+    assert "DiT-XXL: neither DiT-SIZE" in message(dit_dh.build, "DiT-XXL", SHAPE, CLASSES)
+    assert "has no head_width" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, head_width=64)
+    assert "width 100: must be a multiple" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, width=100)
     assert "head_width 100" in message(dit_dh.build, "DiT-DH-S", SHAPE, CLASSES, head_width=100)
-    for name in ("absent.pt", "absent.safetensors"):
-        assert "no such file; give" in message(dit_dh.load, tmp_path / name)
+    assert "has no base_depth" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, base_depth=2)
+    for depth in (0, 13):
+        line = message(dit_dh.build, "DiT-DH-S", SHAPE, CLASSES, base_depth=depth)
+        assert line == f"--base-depth {depth}: the body has blocks 1 to 12"
+    assert "--prediction eps" in message(dit_dh.build, "DiT-S", SHAPE, CLASSES, prediction="eps")
+
+
+def test_load_names_what_does_not_fit(tmp_path):
+    """The flag, the file and the first key that doesn't fit, in one line."""
+    dit = small("DiT")[0].state_dict()
+    dh = small("DiT-DH")[0].state_dict()
+    wide = torch.ones(9)
+    checkpoint = {"format": "rae-flow/1", "ema": dh}
+    checkpoint["config"] = {"model": "DiT-S", "latent_shape": SHAPE, "num_classes": 9, "sizes": SMALL["DiT"]}
+    files = {
+        "list": ([1, 2], "no dict"),
+        "decoder": ({"format": "rae-decoder/1", "ema": {}}, "is a decoder of rae_decoder_train.py"),
+        "statistics": ({"mean": wide, "var": wide}, "it has no pos_embed"),
+        "number": ({0: wide}, "it has no pos_embed"),
+        "image model": ({"pos_embed": torch.ones(1, 16, 8)}, "it has no x_embedder.proj.weight"),
+        "extra": (dit | {"extra": wide}, "extra is unknown"),
+        "epoch": (dit | {"epoch": 3}, "epoch is unknown"),
+        "shape": (
+            dh | {"final_layer.linear.bias": wide},
+            "linear.bias has the shape [9], not [6]",
+        ),
+        "missing": ({k: v for k, v in dh.items() if k != "t_embedder.W"}, "it has no t_embedder.W"),
+        "patches": (dit | {"x_embedder.proj.weight": torch.ones(32, 6, 2, 2)}, "x_embedder.proj.weight has"),
+        "other config": (checkpoint, "has the shape"),
+    }
+    for name, (content, reason) in files.items():
+        path = tmp_path / f"{name}.pt"
+        torch.save(content, path)
+        line = message(dit_dh.load, path, flag="--init")
+        assert line.startswith(f"--init {path}: ") and reason in line, line
+        assert name == "decoder" or "not a flow checkpoint" in line
+
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
-    torch.save({"format": "rae-decoder/1", "model": {"a": torch.ones(1)}}, tmp_path / "decoder.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({**small("DiT")[0].state_dict(), "extra": torch.ones(1)}, tmp_path / "extra.pt")
-    for name in ("text.pt", "empty.pt", "text.safetensors", "decoder.pt", "list.pt", "extra.pt"):
-        assert "not a flow checkpoint" in message(dit_dh.load, tmp_path / name)
+    for name in ("text.pt", "empty.pt", "text.safetensors"):
+        assert f"--flow {tmp_path / name}: not a flow checkpoint" in message(dit_dh.load, tmp_path / name)
+    for name in ("absent.pt", "absent.safetensors"):
+        assert f"--flow {tmp_path / name}: no such file; give" in message(dit_dh.load, tmp_path / name)

@@ -4,10 +4,13 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
-import tarfile
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ import scipy.linalg
 import timm
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 import fid
 
@@ -28,6 +32,8 @@ PEERS = {
     "pytorch-fid": ({"fid": 0.36639956}, [0.04489471, 0.20604849]),
     "clean": ({"fid": 0.37512170}, [0.04458951, 0.20594095]),
 }
+# The modules that hold list_images, to_rgb and center_crop in the same words.
+MODULES = [fid]
 NUMBERS = ["fid", "prec", "rec", "num", "ref_num"]
 
 
@@ -192,31 +198,124 @@ def test_precision_recall_by_loops(digits):
     )
 
 
+def open_images(path, **options):
+    return fid.open_set(str(path), "--ref", **options).images
+
+
 def test_sources_hold_the_same_images(place, tmp_path):
-    folder = fid.ImageSet(str(place / "a"), "")
     paths = sorted((place / "a").rglob("*.png"))
     array = np.stack([np.asarray(Image.open(path)) for path in paths])
     np.savez(tmp_path / "a.npz", array, np.arange(12))
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for path in reversed(paths):
-            tar.add(path, path.relative_to(place))
-    for images in (
-        folder,
-        fid.ImageSet(str(tmp_path / "a.npz"), ""),
-        fid.ImageSet(str(tmp_path / "a.tar"), ""),
-    ):
+    for images in (open_images(place / "a"), open_images(tmp_path / "a.npz")):
         assert np.array_equal(torch.stack([images[i] for i in range(len(images))]).permute(0, 2, 3, 1), array)
-    first = fid.ImageSet(str(place / "a"), "", num=3)
-    spread = fid.ImageSet(str(place / "a"), "", num=3, spread=True)
-    assert [images.items for images in (first, spread)] == [folder.items[:3], folder.items[::4]]
-    spread = fid.ImageSet(str(place / "a"), "", num=5, spread=True)
-    assert spread.items == [folder.items[i] for i in (0, 2, 4, 7, 9)]
-    for name in ("9.png", "b.png", "10.png"):  # by characters, as in the other programs
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    assert [item[0] for item in fid.ImageSet(str(tmp_path), "").items] == ["10.png", "9.png", "b.png"]
+        copy = pickle.loads(pickle.dumps(images))  # as workers that are not forked get it
+        assert torch.equal(copy[7], images[7])
+    assert len(pickle.dumps(open_images(tmp_path / "a.npz"))) < 1000
+    for source in (place / "a", tmp_path / "a.npz"):
+        assert open_images(source, num=3).indices == [0, 1, 2]
+        assert open_images(source, num=3, spread=True).indices == [0, 4, 8]
+        assert open_images(source, num=5, spread=True).indices == [0, 2, 4, 7, 9]
+        assert open_images(source, num=99, spread=True).indices == list(range(12))
 
 
-def test_any_image_becomes_rgb(tmp_path):
+def test_npz_of_images_is_not_read_whole(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((1000, 128, 128, 3), np.uint8))  # 49 MB
+    tracemalloc.start()
+    images = open_images(tmp_path / "x.npz", num=2, spread=True)
+    assert images[1].shape == (3, 128, 128)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_natural_order(module):
+    expected = ["01", "1", "2", "10", "A", "a", "a01", "a1", "a2b3", "a2b20", "b"]
+    for seed in range(5):
+        shuffled = np.random.default_rng(seed).permutation(expected).tolist()
+        assert module.natural_order(shuffled) == expected
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def listed(classes, names, labels, _left_out):
+    folders = [classes[label] for label in labels]
+    return [os.path.join(folder, os.fsdecode(name)) for folder, name in zip(folders, names, strict=True)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_listing_of_a_folder(tmp_path, module):
+    touch(tmp_path, "10/b.PNG", "9/x.jpg", "9/notes.txt", "9/._x.jpg", "01/p10.webp", "01/p9.bmp", "1/q.jpeg")
+    touch(
+        tmp_path, "A/1.png", "a/1.png", "a/01.png", "b/c/deep.png", "b/c\u00b2/deep.png", "b/\u2460/deep.png"
+    )
+    touch(tmp_path, "gif/x.gif", ".hidden/x.png", "s/x.tar")
+    (tmp_path / "empty").mkdir()
+    listing = module.list_images(str(tmp_path), "--data")
+    classes, names, labels, left_out = listing
+    assert classes == ["01", "1", "9", "10", "A", "a", "b/c", "b/c\u00b2", "b/\u2460"]
+    files = ["01/p9.bmp", "01/p10.webp", "1/q.jpeg", "9/x.jpg", "10/b.PNG", "A/1.png", "a/01.png", "a/1.png"]
+    assert listed(*listing)[:8] == files
+    assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert names.dtype.kind == "S" and labels.dtype == np.int32
+    assert left_out == "left out: files of other kinds (3), folders without images (3)"
+    assert listed(*module.list_images(f"{tmp_path}/", "")) == listed(*listing)
+    flat = module.list_images(str(tmp_path / "a"), "--data")
+    assert (flat[0], listed(*flat), flat[3]) == ([""], ["01.png", "1.png"], "")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_listing_lists_each_real_folder_once(tmp_path, module):
+    touch(tmp_path, "data/a/1.png", "far/1.png")
+    (tmp_path / "data/a/parent").symlink_to(tmp_path / "data")
+    (tmp_path / "data/a/self").symlink_to(tmp_path / "data/a")
+    (tmp_path / "data/loop").symlink_to("loop")
+    for name in ("b", "c"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "far")
+    (tmp_path / "far/2.png").symlink_to(tmp_path / "far/1.png")
+    listing = module.list_images(str(tmp_path / "data"), "--data")
+    assert listed(*listing) == ["a/1.png", "b/1.png", "b/2.png"]
+    assert listing[3] == "left out: files of other kinds (1), folders listed before (3)"
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("mixed", "--data mixed: image mixed/x.png lies beside class folder mixed/a/b; move one of them"),
+        ("deep", "--data deep: image deep/a/x.png lies beside class folder deep/a/b; move one of them"),
+        ("none", r"--data none: no \.png .* in it; left out: files of other kinds \(1\), folders without"),
+        ("missing", "--data missing: No such file or directory; expected a folder of images"),
+        ("deep/a/x.png", "--data deep/a/x.png: Not a directory; expected a folder of images"),
+        ("shut", "--data shut/b: Permission denied; expected a folder of images"),
+    ],
+)
+def test_listing_says_what_is_wrong(tmp_path, monkeypatch, module, path, message):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "mixed/x.png", "mixed/a/b/y.png", "deep/a/x.png", "deep/a/b/y.png", "deep/Z/z.png")
+    touch(
+        tmp_path, "none/x.txt", "shut/a/x.png", "shut/b/x.png", "shut/c/x.png", "a-b/a/x.png", "a-b/a-/x.png"
+    )
+    scandir = os.scandir
+
+    def refuse(folder):  # as for a folder without permission to read, which root has everywhere
+        if folder == "shut/b":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SystemExit, match=f"^{message}") as stop:
+        module.list_images(path, "--data")
+    assert "\n" not in str(stop.value)
+    assert module.list_images("a-b", "")[0] == ["a", "a-"]  # neighbours, and no mixture
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_any_image_becomes_rgb(tmp_path, module):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     rgb = np.stack([grey, grey.T, grey[::-1]], 2)
     clear = np.dstack([rgb, np.zeros_like(grey)])
@@ -242,25 +341,80 @@ def test_any_image_becomes_rgb(tmp_path):
     for name, (image, options, expected) in cases.items():
         image.save(tmp_path / f"{name}.png", **options)
         with Image.open(tmp_path / f"{name}.png") as image:
-            np.testing.assert_allclose(fid.to_rgb(image), expected, atol=name == "half", err_msg=name)
+            np.testing.assert_allclose(module.to_rgb(image), expected, atol=name == "half", err_msg=name)
     cmyk = Image.fromarray(np.full((8, 8, 4), (0, 255, 255, 0), np.uint8), "CMYK")
-    assert fid.to_rgb(cmyk).getpixel((0, 0)) == (255, 0, 0)
+    assert module.to_rgb(cmyk).getpixel((0, 0)) == (255, 0, 0)
+    wide = Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32))  # mode I holds more than 16 bits
+    assert [module.to_rgb(wide).getpixel((k, 0))[0] for k in range(5)] == [0, 0, 1, 255, 255]
 
 
-def test_centre_crop_is_adms():
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, module, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(module.to_rgb(image), ImageOps.exif_transpose(image))
+
+
+def with_chunk(png, name, content, behind):
+    """The bytes of a PNG with one more chunk, before or behind its pixels."""
+    checksum = zlib.crc32(name + content)
+    chunk = len(content).to_bytes(4, "big") + name + content + checksum.to_bytes(4, "big")
+    place = len(png) - 12 if behind else 33  # before IEND, or behind IHDR
+    return png[:place] + chunk + png[place:]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (b"eXIf", bytes.fromhex("0008000201120003")),
+        (b"iCCP", b"profile\0\0" + zlib.compress(bytes(3_000_000))),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000))),
+        (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(3_000_000))),
+        (b"tEXt", b"Comment\0" + bytes(3_000_000)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe\xe9"),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n4\nno hex\n")),
+    ],
+)
+def test_metadata_does_not_make_a_png_unreadable(module, name, content, behind):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    with Image.open(io.BytesIO(with_chunk(file.getvalue(), name, content, behind))) as image:
+        assert np.array_equal(module.to_rgb(image), pixels)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_xmp_that_is_not_utf8_does_not_keep_a_jpeg_from_being_turned(module):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    file = io.BytesIO()
+    image = Image.fromarray(np.kron([[0, 255]], np.ones((8, 8))).astype(np.uint8))  # left black, right white
+    image.save(file, "JPEG", exif=turned, xmp=b'<x tiff:Orientation="6">\xff\xfe\xe9</x>')
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        upright = np.asarray(module.to_rgb(image))
+    assert upright.shape == (16, 8, 3) and upright[:7].max() < 20 and upright[9:].min() > 235
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_centre_crop_is_adms(module):
     x = np.random.default_rng(0).integers(0, 256, (32, 70, 3), dtype=np.uint8)
     halves = x.reshape(16, 2, 35, 2, 3).mean((1, 3))  # 32 is twice 16: one BOX step, and no resize after it
-    np.testing.assert_allclose(
-        fid.to_rgb(Image.fromarray(x), 16), halves[:, 9:25], atol=1
-    )  # rounded once an axis
+    found = module.center_crop(Image.fromarray(x), 16)
+    np.testing.assert_allclose(found, halves[:, 9:25], atol=1)  # rounded once an axis
     resized = Image.fromarray(x).resize((44, 20), Image.Resampling.BICUBIC)  # 70 * 20 / 32 = 43.75
-    assert np.array_equal(fid.to_rgb(Image.fromarray(x), 20), np.asarray(resized)[:, 12:32])
-    assert np.array_equal(fid.to_rgb(Image.fromarray(x[:, :32]), 32), x[:, :32])
+    assert np.array_equal(module.center_crop(Image.fromarray(x), 20), np.asarray(resized)[:, 12:32])
+    assert np.array_equal(module.center_crop(Image.fromarray(x[:, :32]), 32), x[:, :32])
 
 
 def test_crop_is_the_references(place, capsys, tmp_path):
     for path in sorted((place / "a").rglob("*.png")):
-        fid.to_rgb(Image.open(path), 20).save(tmp_path / path.name)
+        fid.center_crop(fid.to_rgb(Image.open(path)), 20).save(tmp_path / path.name)
     found = run_timm(capsys, place, tmp_path, "--ref", place / "a", "--crop", 20, "--num", 12)
     assert found["fid"] < 1e-3 and (found["prec"], found["rec"], found["num"]) == (1, 1, 12)
     whole = run_timm(capsys, place, place / "a", "--ref", place / "a", "--crop", 20)
@@ -274,7 +428,13 @@ def test_crop_is_the_references(place, capsys, tmp_path):
 def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
     saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
-    assert saved["ref"] is None and saved["by"] == f"224px test_vit {digest(place / 'test_vit.pth')}"
+    state = torch.load(place / "test_vit.pth", weights_only=True)
+    content = b"".join(v.numpy().tobytes() for v in fid.TimmFeatures("test_vit", state).state_dict().values())
+    assert saved["by"] == f"224px test_vit {hashlib.sha256(content).hexdigest()[:8]}"
+    assert saved["ref"] is None
+    save_file(state, tmp_path / "copy.safetensors")  # the same weights in another file
+    copy = ["--features", "test_vit", "--features-weights", tmp_path / "copy.safetensors"]
+    assert run(capsys, place / "b", "--ref", tmp_path / "b.npz", *copy)["by"] == saved["by"]
     found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz")
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
     # a reference batch as ADM's: FID by mu and sigma, here shifted by 1, precision and recall by the images
@@ -297,39 +457,115 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
 
 
-def test_two_processes_and_batch_sizes_agree(place, capsys):
-    options = ["--features", "test_vit", "--features-weights", place / "test_vit.pth"]
-    command = [str(word) for word in [place / "a", "--ref", place / "b", *options]]
-    one, small = (run(capsys, *command, "--batch-size", size) for size in (32, 5))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    words = [*torchrun, fid.__file__, *command, "--json", "--workers=1"]
-    two = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
-    for found in (small, json.loads(two.stdout)):
+def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch):
+    def full(file, **_arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    words = [
+        place / "a",
+        "--features=test_vit",
+        f"--features-weights={place / 'test_vit.pth'}",
+        "--workers=0",
+    ]
+    with pytest.raises(SystemExit, match=r"^--save-stats .*x\.npz: No space left on device$"):
+        fid.main([str(word) for word in [*words, "--save-stats", tmp_path / "x.npz"]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_sizes_and_workers_agree(place, capsys):
+    command = [place / "a", "--ref", place / "b"]
+    one = run_timm(capsys, place, *command)
+    for options in (["--batch-size", 5], ["--batch-size", 7, "--workers", 2]):
+        found = run_timm(capsys, place, *command, *options)
         assert [found[key] for key in NUMBERS] == pytest.approx([one[key] for key in NUMBERS], rel=1e-5)
 
 
-def test_the_demo_is_what_runs_without_a_reference(capsys, place):
-    demo, real = fid.parse_args(["x"]), fid.parse_args(["x", "--ref", "y"])
-    assert (demo.ref, demo.inception_weights, demo.num, demo.ref_num) == ("data/demo", "random", 400, 400)
-    assert (real.ref, real.inception_weights, real.num, real.ref_num) == ("y", "hub", None, None)
+def test_what_belongs_to_the_demo_is_for_the_demo_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = ("ref", "inception_weights", "num", "ref_num")
+
+    def values(*argv):
+        args = fid.parse_args(argv)
+        return tuple(getattr(args, name) for name in chosen)
+
+    demo, normal = ("data/demo", "random", 400, 400), (None, "hub", None, None)
+    touch(tmp_path, "mine/0.png")
+    for name, settings in {
+        "drawn": '{"demo": true, "seed": 0}',
+        "real": '{"demo": false}',
+        "old": "{}",
+        "list": "[]",
+        "text": '{"demo": "yes"}',
+        "cut": '{"dem',
+        "void": "",
+    }.items():
+        touch(tmp_path, f"{name}/0.png")
+        (tmp_path / name / "settings.json").write_text(settings)
+        assert values(name) == (demo if name == "drawn" else normal)
+    assert values("mine") == values("nowhere") == values("x.npz") == normal
+    assert values("mine", "--preset", "demo") == demo
+    assert values("drawn", "--num", "5", "--inception-weights", "hub") == ("data/demo", "hub", 5, 400)
+    assert values("drawn", "--ref", "y") == ("y", "hub", None, None)
+    for preset in ("small", "imagenet256", "imagenet512"):
+        assert values("drawn", "--preset", preset) == normal
+    assert values("drawn", "--save-stats", "x.npz") == normal
+    with pytest.raises(SystemExit, match="^--ref is missing: name a folder or an .npz"):
+        touch(tmp_path, "mine/1.png")
+        for name in ("0.png", "1.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / "mine" / name)
+        fid.main(["mine"])
+
+
+def test_first_line_and_numbers(capsys, place):
+    """The demo says so, few images too, convolutions are exact, and metrics are asked for in any case."""
     torch.backends.cudnn.allow_tf32 = True  # as torch has it
-    fid.main(
-        [str(place / "a"), "--ref", str(place / "b"), "--inception-weights=random", "--num=2", "--ref-num=2"]
-    )
-    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    words = [place / "a", "--ref", place / "b", "--inception-weights=random", "--num=2", "--ref-num=2"]
+    fid.main([str(word) for word in [*words, "--metrics", "FID,Is", "--device", "cpu"]])
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     out = capsys.readouterr()
-    assert "compare with nothing" in out.err.splitlines()[0] and "FID of fewer than 2048" in out.err
-    assert out.out.startswith("fid ")
+    first = out.err.splitlines()[0]
+    assert "compare with nothing" in first and "FID of fewer than 2048" in first and "fp32 on cpu" in first
+    assert [line.split()[0] for line in out.out.splitlines()] == ["fid", "is"]
 
 
-def test_position_embedding_as_dinov2s_authors_resize_it(tmp_path):
+def test_what_is_left_out_is_said(capsys, place, tmp_path):
+    images(tmp_path, 10, seed=1)
+    (tmp_path / "0/notes.txt").touch()
+    (tmp_path / "2").mkdir()
+    weights = ["--features", "test_vit", "--features-weights", place / "test_vit.pth", "--workers", "0"]
+    fid.main([str(word) for word in [place / "a", "--ref", tmp_path, *weights]])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert f"--ref {tmp_path} left out: files of other kinds (1), folders without images (1)" in first
+
+
+def test_interrupt_ends_in_one_line(place):
+    """Ctrl-C as a terminal sends it: to the process and to its workers."""
+    weights = ["--features", "test_vit", "--features-weights", place / "test_vit.pth"]
+    words = [sys.executable, fid.__file__, place / "a", "--ref", place / "b", "--workers=2", "--batch-size=1"]
+    process = subprocess.Popen(
+        [str(word) for word in [*words, *weights]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    line = process.stderr.readline()  # what is compared: then the images come
+    os.killpg(process.pid, signal.SIGINT)
+    out, rest = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and "fp32 on" in line
+    assert rest.splitlines()[-1].startswith("interrupted; nothing was written")
+    assert "Traceback" not in rest
+
+
+def test_position_embedding_as_dinov2s_authors_resize_it():
     model = timm.create_model("vit_small_patch14_dinov2", depth=1)  # 518 px: 37 x 37 patches
     torch.nn.init.normal_(model.pos_embed, generator=torch.Generator().manual_seed(0))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}
     full = timm.create_model("vit_small_patch14_dinov2").state_dict() | state
-    torch.save(full, tmp_path / "vit.pth")
-    network = fid.TimmFeatures("dinov2-small", str(tmp_path / "vit.pth"))
+    network = fid.TimmFeatures("dinov2-small", full)
     found = network.model.pos_embed[0, 1:].reshape(16, 16, 384)
     assert torch.equal(network.model.pos_embed[:, :1], model.pos_embed[:, :1])
 
@@ -354,7 +590,7 @@ def test_position_embedding_as_dinov2s_authors_resize_it(tmp_path):
 
 
 def test_damaged_npz_end_in_one_line(tmp_path):
-    """Random truncations and bit flips of two whole files: an ImageSet or SystemExit."""
+    """Random truncations and bit flips of two whole files: a set or SystemExit."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "images.npz", rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8))
     x = rng.normal(size=(9, 4)).astype(np.float32)
@@ -368,10 +604,10 @@ def test_damaged_npz_end_in_one_line(tmp_path):
             data[place] ^= 1 << rng.integers(8)
         (tmp_path / "damaged.npz").write_bytes(data)
         try:
-            images = fid.ImageSet(str(tmp_path / "damaged.npz"), "--ref")
-            assert images.mu is None or np.isfinite(images.sigma).all()
-            for i in range(len(images.items)):
-                assert images[i].shape == images.shape
+            found = fid.open_set(str(tmp_path / "damaged.npz"), "--ref")
+            assert found.statistics is None or np.isfinite(found.statistics.sigma).all()
+            for image in found.images or ():
+                assert image.shape == found.images[0].shape
         except SystemExit as stop:
             refused += 1
             assert "damaged.npz: " in str(stop) and "\n" not in str(stop)
@@ -402,18 +638,8 @@ def npy(header, data=b""):
 def test_hostile_npz_headers(tmp_path, header):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", npy(header, bytes(4 * 8 * 8 * 3)))
-    with pytest.raises(SystemExit, match=r"x\.npz: [^;\n]{9}[^\n]+$"):
-        fid.ImageSet(str(tmp_path / "x.npz"), "")
-
-
-def test_zip_bombs_are_not_unpacked(tmp_path):
-    for name, shape in {"sigma": (20000, 20000), "arr_0": (10**6, 8, 8, 3)}.items():
-        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}"
-        with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("mu.npy", npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}"))
-            archive.writestr(f"{name}.npy", npy(header, bytes(10**7)))
-        with pytest.raises(SystemExit, match="it is a zip bomb"):
-            fid.ImageSet(str(tmp_path / "bomb.npz"), "")
+    with pytest.raises(SystemExit, match=r"x\.npz: [^;\n]{9}[^\n]+; expected a whole \.npz of [^\n]+$"):
+        fid.open_set(str(tmp_path / "x.npz"), "--ref")
 
 
 def test_hostile_images(tmp_path):
@@ -438,7 +664,6 @@ def test_hostile_images(tmp_path):
         "text.png": lambda file: file.write_text("hello\n"),
         "bomb.png": lambda file: Image.new("1", (20000, 20000)).save(file),
         "dangling.png": lambda file: file.symlink_to(tmp_path / "nowhere.png"),
-        "folder.png": lambda file: file.mkdir(),
         "flat.png": lambda file: Image.new("RGB", (4000, 1)).save(file),
         "new\nline.png": lambda file: file.write_bytes(b""),
         "dot.png": lambda file: Image.new("RGB", (1, 1)).save(file),
@@ -448,14 +673,12 @@ def test_hostile_images(tmp_path):
         folder.mkdir()
         Image.fromarray(noise).save(folder / "000.png")
         write(folder / name)
-        images = fid.ImageSet(str(folder), "--ref")
+        images = open_images(folder)
         if name in good:
             assert images[1].shape == (3, 64, 64)
         else:
-            with pytest.raises(ValueError, match=name.replace("\n", " ")) as error:
-                images[1]
-            assert "\n" not in str(error.value)
-    assert fid.ImageSet(str(folder), "", crop=32)[1].shape == (3, 32, 32)  # 1 x 1, scaled up
+            assert repr(name)[1:-1] in images[1] and "\n" not in images[1]
+    assert open_images(folder, crop=32)[1].shape == (3, 32, 32)  # 1 x 1, scaled up
 
 
 def test_download_checks_the_hash(place, tmp_path, monkeypatch):
@@ -464,23 +687,19 @@ def test_download_checks_the_hash(place, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "HUB_URL", (tmp_path / "pt_inception-2015-12-05-6726825d.pth").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     with pytest.raises(SystemExit, match="invalid hash value"):
-        fid.load_network(fid.parse_args(["a", "--ref", "b"]))
+        fid.load_network(None, "adm", "hub")
     assert not list((tmp_path / "hub").rglob("*.pth"))
     released = tmp_path / f"inception-{digest(place / 'inception.pth')}.pth"
     released.symlink_to(place / "inception.pth")
     monkeypatch.setattr(fid, "HUB_URL", released.as_uri())
-    fetched, copied = (
-        fid.load_network(fid.parse_args(["a", "--ref", "b", "--inception-weights", weights]))[1]
-        for weights in ("hub", str(released))
-    )
+    fetched, copied = (fid.load_network(None, "adm", weights)[1] for weights in ("hub", str(released)))
     assert fetched == copied == f"adm inception {digest(released)}"
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
-def test_timm_features(tmp_path, name):
+def test_timm_features(name):
     """What the model computes of Pillow's resized image; the first has more features than its last block."""
-    torch.save(timm.create_model(name).state_dict(), tmp_path / "model.pth")
-    network = fid.TimmFeatures(name, str(tmp_path / "model.pth"))
+    network = fid.TimmFeatures(name, timm.create_model(name).state_dict())
     image = np.random.default_rng(0).integers(60, 196, (300, 320, 3), dtype=np.uint8)  # stays in [0,255]
     seen = []
     network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -509,6 +728,7 @@ def bad(place):
             Image.new("RGB", (32, 32)).save(place / name / file)
     (place / "broken" / "y.png").write_bytes(b"no image")
     Image.new("RGB", (32, 48)).save(place / "sizes" / "y.png")
+    (place / "b.npz").mkdir()
     (place / "junk.npz").write_bytes(b"no zip")
     zeros, one = np.zeros(4), np.eye(4)
     good = dict(mu=zeros, sigma=one, features=one)
@@ -523,19 +743,25 @@ def bad(place):
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez_compressed(place / "packed.npz", np.zeros((4, 8, 8, 3), np.uint8))
     torch.save({"weight": torch.zeros(2)}, place / "wrong.pth")
+    (place / "code.pth").write_bytes(pickle.dumps(os.getcwd, 2))
     return place
 
 
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [
-        ("nowhere", "", "No such file"),
-        ("empty", "", "0 images, at least 2"),
-        ("one", "", "1 images, at least 2"),
-        ("broken", "", "y.png: cannot identify image file$"),
-        ("broken", "--workers 1", "y.png: cannot identify"),
-        ("sizes", "", r"y.png: \[3, 48, 32\], unlike x.png \[3, 32, 32\]"),
-        ("junk.npz", "", "junk.npz"),
+        ("nowhere", "", "^the set nowhere: No such file or directory; expected a folder of images$"),
+        ("nowhere.npz", "", "^the set nowhere.npz: no such file; expected a folder or an .npz$"),
+        ("empty", "", "^the set empty: no .png .jpg"),
+        ("one", "", "^the set one: 1 images, at least 2"),
+        (
+            "broken",
+            "",
+            "^'broken/y.png': not a readable image .*cannot identify image file.*; repair or remove",
+        ),
+        ("broken", "--workers 1", "^'broken/y.png': not a readable image .*cannot identify"),
+        ("sizes", "", r"^'sizes/y.png' is \[3, 48, 32\], 'sizes/x.png' is \[3, 32, 32\]; --crop"),
+        ("junk.npz", "", "^the set junk.npz: BadZipFile.*; expected a whole .npz"),
         ("nan_mu.npz", "", "not finite"),
         ("nan_sigma.npz", "", "not finite"),
         ("nan_features.npz", "", "not finite"),
@@ -543,20 +769,56 @@ def bad(place):
         ("half.npz", "", "0 images, at least 2"),
         ("floats.npz", "", "float64"),
         ("packed.npz", "", "compressed"),
-        ("a", "--ref small.npz", "not comparable, features of widths {"),
-        ("a", "--features-weights wrong.pth", "Missing key"),
-        ("a", "--save-stats nowhere/x.npz", "expected an .npz in a folder"),
-        ("a", "--save-stats x", "expected an .npz in a folder"),
+        ("small.npz", "--num 3", "0 images, at least 2"),
+        ("a", "--ref small.npz --crop 8", "--ref small.npz: --crop 8 can't crop"),
+        ("a", "--ref small.npz", r"not comparable: --ref small.npz has 4 features by \?, this run has 64"),
+        ("a", "--features-weights wrong.pth", "^--features-weights wrong.pth: .*Missing key"),
+        (
+            "a",
+            "--save-stats nowhere/x.npz",
+            "^argument --save-stats: nowhere/x.npz: expected an .npz in a folder",
+        ),
+        ("a", "--save-stats x", "^argument --save-stats: x: expected an .npz in a folder"),
+        ("a", "--save-stats b.npz", "^argument --save-stats: b.npz: expected an .npz in a folder"),
         ("small.npz", "--ref other.npz --metrics is", "allow fid"),
-        ("other.npz", "", "not comparable: samples other.npz is by clean inception 6726825d, this run"),
-        ("a", "--metrics fid,kid", "--metrics fid,kid"),
-        ("a", "--num 0", "--num 0: expected 1 or more"),
+        (
+            "other.npz",
+            "",
+            "not comparable: the set other.npz has 64 features by clean inception 6726825d, this run",
+        ),
+        (
+            "a",
+            "--metrics fid,kid",
+            "^argument --metrics: fid,kid: expected some of fid,is,prec,rec; see --help$",
+        ),
+        ("a", "--num 0", "^argument --num: 0: expected a whole number from 1; see --help$"),
+        ("a", "--batch-size 1.5", "^argument --batch-size: 1.5: expected a whole number from 1"),
+        ("a", "--workers -1", "^argument --workers: -1: expected a whole number from 0"),
+        ("a", "--device cpux", "^argument --device: cpux: no such device"),
+        ("a", "--device meta:x", "^argument --device: meta:x: no such device"),
+        ("a", "--metric fid", "^argument --metric: no such flag; did you mean --metrics\\?$"),
+        ("a", "--zzz=1", "^argument --zzz=1: no such flag; see --help$"),
+        ("a", "--protocol tf", "^argument --protocol: invalid choice: 'tf'"),
         ("a", "--num 3 --metrics prec", r"--metrics prec: these sets allow fid \("),
         ("nomu.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
-        ("lone.npz", "", r"shapes \(D,\), \(D,D\), \(N,D\)"),
+        ("lone.npz", "", "sigma is not a file in the archive"),
         ("a", "--features no_such_model", "no model that timm knows"),
-        ("a", "--features-weights no.pth", "No such file"),
-        ("a", "--features= --inception-weights wrong.pth", "Missing key.*Conv2d_1a_3x3.conv.weight"),
+        (
+            "a",
+            "--features-weights no.pth",
+            "^--features-weights no.pth: no such file; FILE is weights of timm's",
+        ),
+        (
+            "a",
+            "--features-weights code.pth",
+            "^--features-weights code.pth: not a file of weights alone; FILE",
+        ),
+        (
+            "a",
+            "--features= --features-weights hub --inception-weights wrong.pth",
+            "Missing key.*Conv2d_1a_3x3.conv.weight",
+        ),
+        ("a", "--features=", "^argument --features-weights: needs --features"),
     ],
 )
 def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, message):
