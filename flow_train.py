@@ -102,7 +102,8 @@ PRESETS = {
     },
     "imagenet256": {"epochs": 1400},
     "imagenet512": {"epochs": 1400, "image_size": 512},
-    "raev2": RAEV2 | {"epochs": 80, "hold_epochs": 25, "decay_epochs": 50},
+    "raev2": RAEV2
+    | {"prediction": "x", "base_depth": 8, "epochs": 80, "hold_epochs": 25, "decay_epochs": 50},
 }
 
 
@@ -135,6 +136,13 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="DiT-DH-XL", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL (%(default)s)")
+    add(
+        "--prediction",
+        choices=["v", "x"],
+        default="v",
+        help="velocity, or clean latents (RAEv2) (%(default)s)",
+    )
+    add("--base-depth", type=count, help="a second output after so many blocks, to guide by (RAEv2: 8)")
     for size in SIZES:
         add(f"--{size.replace('_', '-')}", type=count, help="instead of the model's own (%(default)s)")
 
@@ -174,14 +182,18 @@ def draw_times(num, distribution, a, device):
     return time_shift(t, a)
 
 
-def flow_loss(model, x, y, t, eps):
+def flow_loss(model, x, y, t, eps, prediction="v", with_base=False):
     """Mean squared error of the velocity v = eps - x at x_t = (1-t) x + t eps, in fp32 (section 2).
 
-    x, eps: normalised latents and noise (B,C,G,G); y: labels (B,); t: times (B,) in [0,1].
+    x, eps: normalised latents and noise (B,C,G,G); y: labels (B,); t: times (B,) in [0,1]. For a network that
+    predicts x the target is (x_t - x) / max(t, 0.05); a base's error is added to that of the full output
+    (RAEv2, section 5).
     """
     t_x = t.view(-1, 1, 1, 1)
-    v = model((1 - t_x) * x + t_x * eps, t, y)
-    return (v.float() - (eps - x)).square().mean()
+    x_t = (1 - t_x) * x + t_x * eps
+    target = dit_dh.to_velocity(x, x_t, t, "x") if prediction == "x" else eps - x
+    outputs = model(x_t, t, y, with_base=True) if with_base else [model(x_t, t, y)]
+    return sum((v.float() - target).square().mean() for v in outputs)
 
 
 def learning_rate(step, hold, decay, lr, final_lr):
@@ -293,7 +305,9 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
 # One step
 
 
-def train_step(model, optimizer, x, y, *, time_dist, shift, clip, accum, precision):
+def train_step(
+    model, optimizer, x, y, *, time_dist, shift, clip, accum, precision, prediction="v", with_base=False
+):
     """One update by latents x (B,C,G,G) and labels y (B,) in `accum` micro-batches.
 
     Returns ({"loss", "gradient_norm"}, finite); where one of the two is not finite nothing is updated.
@@ -306,7 +320,7 @@ def train_step(model, optimizer, x, y, *, time_dist, shift, clip, accum, precisi
     for k, micro_batch in enumerate(zip(*chunks, strict=True)):
         model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            micro_loss = flow_loss(model, *micro_batch) / accum
+            micro_loss = flow_loss(model, *micro_batch, prediction, with_base) / accum
         micro_loss.backward()
         loss += micro_loss.detach()
     loss = mean_over_ranks(loss)
@@ -529,7 +543,8 @@ def build(args, num_classes, device):
     """(encoder, network), as the flags say, on the device."""
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     sizes = {name: getattr(args, name) for name in SIZES}
-    network = dit_dh.build(args.model, (encoder.width, encoder.grid, encoder.grid), num_classes, **sizes)
+    latent_shape = (encoder.width, encoder.grid, encoder.grid)
+    network = dit_dh.build(args.model, latent_shape, num_classes, args.prediction, args.base_depth, **sizes)
     network.checkpoint_activations = args.checkpoint_activations
     if args.init:
         initialise(network, args.init)
@@ -542,9 +557,10 @@ def initialise(network, path):
     For another number of classes, of the labels only "no class" is taken. SystemExit for other sizes.
     """
     source = dit_dh.load(path, "--init")
-    theirs, ours = (f"{model.sizes}, latents {model.latent_shape}" for model in (source, network))
-    if theirs != ours:
-        raise SystemExit(f"--init {path} is of {theirs}, this run of {ours}")
+    for name in ("sizes", "latent_shape", "prediction", "base_depth"):
+        theirs, ours = (getattr(model, name) for model in (source, network))
+        if theirs != ours:
+            raise SystemExit(f"--init {path} has {name} {theirs}, this run {ours}")
     weights = source.state_dict()
     if source.num_classes != network.num_classes:
         table = "y_embedder.embedding_table.weight"
@@ -562,6 +578,8 @@ def describe(args, encoder, network, classes):
         "image_size": args.image_size,
         "model": args.model,
         "sizes": network.sizes,
+        "prediction": args.prediction,
+        "base_depth": args.base_depth,
         "layers": args.layers,
         "latent_shape": latent_shape,
         "classes": classes,
@@ -597,6 +615,8 @@ def step_options(args, shift, precision):
         "clip": args.clip,
         "accum": args.accum,
         "precision": precision,
+        "prediction": args.prediction,
+        "with_base": args.base_depth is not None,
     }
 
 

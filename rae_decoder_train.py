@@ -248,11 +248,11 @@ class Decoder(nn.Module):
         return x * self.std + self.mean
 
 
-def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
+def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False):
     """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or from the authors' files.
 
     Theirs tell the sizes by their shapes and have config {}; the pixels' mean and std are then those of
-    `encoder`. Raises SystemExit for any other file that `flag` names.
+    `encoder`, or with raw_pixels 0 and 1, as in RAEv2. Raises SystemExit for any other file.
     """
     file = read_weights(path, flag)
     if file.get("format") == "rae-flow/1":
@@ -266,6 +266,8 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
         state = released_state(file)
         sizes = released_sizes(state, encoder, f"{flag} {path}")
         config = {}
+        if raw_pixels:
+            sizes = sizes | {"mean": [0.0] * 3, "std": [1.0] * 3}
 
     decoder = Decoder(**sizes)
     # Released files may leave these two out.

@@ -67,7 +67,8 @@ ALIASES = {
     "siglip2-base": "vit_base_patch16_siglip_256.v2_webli",
     "mae-base": "vit_base_patch16_224.mae",
 }
-OLDER = {"layers": None, "noise_law": "uniform"}  # what a checkpoint's config means where it lacks a key
+# What a checkpoint's config means where it lacks a key
+OLDER = {"layers": None, "noise_law": "uniform", "prediction": "v", "base_depth": None}
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
@@ -362,8 +363,8 @@ def fingerprint(tensors):
 
 def check_pair(flow, flow_name, decoder, decoder_name):
     """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
-    flow = OLDER | flow
-    decoder = OLDER | decoder
+    # A released file tells next to nothing, an older checkpoint all but what is newer.
+    flow, decoder = (OLDER | config if "encoder_size" in config else config for config in (flow, decoder))
     for key in ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape"):
         if key in flow and key in decoder and flow[key] != decoder[key]:
             one = f"{flow_name} has {key} {flow[key]}"
@@ -750,7 +751,8 @@ class Encoder(nn.Module):
         return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
 
     def average(self, x, weights):
-        """The layers' normalised tokens, averaged, plus the last one's spatial mean (RAEv2, eq. 1; as released)."""
+        """The mean of the layers' normalised tokens, plus the last one's spatial mean (RAEv2, eq. 1)."""
+        # As released for DINOv3; the paper writes a sum.
         options = {"norm": True, "stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
         layers = torch.stack(self.vit.forward_intermediates(x, self.layers, **options)).float()  # (L,B,N,C)
         mean = layers.mean(0) if weights is None else torch.einsum("bl,lbnc->bnc", weights, layers)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import dit_dh
 from rae_decoder_train import load_decoder
 from rae_encoder import (
+    RAEV2,
     Encoder,
     ImageData,
     Parser,
@@ -47,6 +48,7 @@ from rae_encoder import (
     fraction,
     join_ranks,
     keep_freed_memory,
+    layer_list,
     load_images,
     load_statistics,
     positive,
@@ -62,6 +64,7 @@ PRESETS = {
     "small": {},
     "imagenet256": {"num": 50_000},
     "imagenet512": {"num": 50_000, "batch_size": 64},
+    "raev2": RAEV2 | {"num": 50_000, "raw_pixels": True},
 }
 
 
@@ -73,6 +76,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
+    add("--raw-pixels", action="store_true", help="a bare decoder puts out [0,1] itself, as RAEv2's do")
     add("--stats", metavar="FILE", help="latent statistics; default: those in the flow checkpoint")
     add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
     add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
@@ -92,9 +96,13 @@ def parse_args(argv=None):
     add("--cfg", type=amount, metavar="SCALE", help="of guidance; default: 1, off; the demo's network 2")
     add("--guidance-interval", type=amount, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
 
+    internal = "by the network's own base (RAEv2); without SCALE by --cfg's, and then there is no CFG"
+    add("--internal-guidance", type=amount, nargs="?", const=True, metavar="SCALE", help=internal)
+
     add = parser.add_argument_group("reconstruction").add_argument
     add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images, by default all; PSNR")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
+    add("--layers", type=layer_list, metavar="I,J,...", help="of a bare decoder's encoder (RAEv2)")
     add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
@@ -126,7 +134,10 @@ def check_together(args):
     """Raises SystemExit for flags that contradict each other."""
     if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
         raise SystemExit(f"--guidance-interval {args.guidance_interval}: expected MIN < MAX")
-    if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval):
+    internal = args.internal_guidance
+    if internal is True and (args.cfg is None or args.autoguide):
+        raise SystemExit("--internal-guidance: give its scale, by --cfg or, beside --autoguide, as its value")
+    if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval) and internal is None:
         raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
     if args.reconstruct and (args.cfg is not None or args.npz or args.classes is not None or args.stats):
         raise SystemExit("--reconstruct does not sample: no --cfg, --npz, --classes, --stats with it")
@@ -163,10 +174,16 @@ def sample_latents(velocity, noise, grid, solver="euler"):
     return x
 
 
-def network_velocity(model, x, t, y):
-    """model's velocity (B,C,G,G), in fp32 under autocast too, where all images have one time t, a number."""
+def network_velocity(model, x, t, y, internal=None, interval=(0.0, 1.0)):
+    """model's velocity (B,C,G,G), in fp32 under autocast too, where all images have one time t, a number.
+
+    internal: scale s of v_base + s (v - v_base) by the model's own base, inside of interval (RAEv2, eq. 3).
+    """
     times = x.new_full((len(x),), t)  # (B,)
-    return model(x, times, y).float()
+    if internal is None or not interval[0] <= t <= interval[1]:
+        return model(x, times, y).float()
+    v, v_base = model(x, times, y, with_base=True)
+    return v_base.float() + internal * (v.float() - v_base.float())
 
 
 def guided_velocity(x, t, y, network, weak=None, scale=1.0, interval=(0.0, 1.0), null=None):
@@ -266,14 +283,33 @@ def open_weak(args, model):
     return weak
 
 
-def prepare(model, device, compiled):
-    """model as a function (x, t, y) -> velocity on device. compiled: None means on CUDA."""
+def prepare(model, device, compiled, **options):
+    """model as a function (x, t, y) -> velocity on device; compiled: None means on CUDA.
+
+    options: of network_velocity.
+    """
     model.to(device)
     if compiled or (compiled is None and device.type == "cuda"):
         # Block by block, since blocks of one size share what is compiled.
         for block in model.blocks:
             block.compile()
-    return partial(network_velocity, model)
+    return partial(network_velocity, model, **options)
+
+
+def guidance_scales(args, model, demo):
+    """Scales of CFG or AutoGuidance, and of internal guidance or None. SystemExit for what model can't do."""
+    # The demo's small network draws shapes only when it is guided.
+    scale = args.cfg if args.cfg is not None else (2.0 if demo else 1.0)
+    internal = args.internal_guidance
+    if internal is True:
+        internal, scale = scale, 1.0
+    if internal is not None and model.base_depth is None:
+        raise SystemExit(
+            f"--internal-guidance: {args.flow} has no base; flow_train.py --base-depth makes one"
+        )
+    if scale != 1 and not args.autoguide and model.num_classes == 1:
+        raise SystemExit(f"--cfg {scale}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
+    return scale, internal
 
 
 def open_sampling(args, decoder, decoder_config, device, precision):
@@ -286,13 +322,10 @@ def open_sampling(args, decoder, decoder_config, device, precision):
     mean, std = open_statistics(args, file, model.latent_shape)
     weak = open_weak(args, model)
 
-    # The demo's small network draws shapes only when it is guided.
     demo = file.get("args", {}).get("preset") == "demo"
-    steps, scale = (25, 2.0) if demo else (50, 1.0)
-    steps = args.steps or steps
-    scale = scale if args.cfg is None else args.cfg
-    if scale != 1 and not weak and model.num_classes == 1:
-        raise SystemExit(f"--cfg {scale}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
+    steps = args.steps or (25 if demo else 50)
+    scale, internal = guidance_scales(args, model, demo)
+    interval = args.guidance_interval or (0.0, 1.0)
 
     # Where the file does not tell the shift, the formula does (section 4.2).
     formula = max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
@@ -316,12 +349,14 @@ def open_sampling(args, decoder, decoder_config, device, precision):
         "guidance_interval": args.guidance_interval,
         "precision": precision,
     }
+    if internal is not None:  # folders of older versions don't have it
+        settings["internal_guidance"] = internal
     velocity = partial(
         guided_velocity,
-        network=prepare(model, device, args.compile),
+        network=prepare(model, device, args.compile, internal=internal, interval=interval),
         weak=prepare(weak, device, args.compile) if weak else None,
         scale=scale,
-        interval=args.guidance_interval or (0, 1),
+        interval=interval,
         null=model.num_classes,
     )
     grid = time_grid(steps, shift, args.t_end)
@@ -361,10 +396,16 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
     # A bare decoder does not tell the encoder's size, but its tokens: by default each is of 16 pixels.
     name = decoder_config["encoder"]
     weights = args.encoder_weights or decoder_config.get("encoder_weights")
-    encoder = Encoder(name, decoder_config.get("encoder_size"), 16 * decoder.grid, weights).to(device)
+    layers = decoder_config.get("layers", args.layers)
+    size = decoder_config.get("encoder_size")
+    encoder = Encoder(name, size, 16 * decoder.grid, weights, layers).to(device)
 
     # The decoder was trained with one encoder, which its checkpoint knows by a hash.
-    config = {"encoder_hash": encoder.hash, "latent_shape": [encoder.width, encoder.grid, encoder.grid]}
+    config = {
+        "encoder_hash": encoder.hash,
+        "layers": layers,
+        "latent_shape": [encoder.width, encoder.grid, encoder.grid],
+    }
     source = f"--encoder-weights {weights}" if weights else f"encoder {name}"
     check_pair(config, source, decoder_config, f"--decoder {args.decoder}")
 
@@ -377,6 +418,8 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
         "seed": args.seed,
         "precision": precision,
     }
+    if layers:  # folders of older versions don't have it
+        settings["layers"] = layers
 
     def images(batches):
         order = [[keys[i] for i in indices] for indices in batches]
@@ -564,7 +607,7 @@ def main(argv=None):
     files = []
     try:
         # What there is to make
-        decoder, config = load_decoder(args.decoder, args.encoder, "--decoder")
+        decoder, config = load_decoder(args.decoder, args.encoder, "--decoder", args.raw_pixels)
         latent_shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]
         config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
         open_job = open_reconstruction if args.reconstruct else open_sampling
