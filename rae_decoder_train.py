@@ -681,7 +681,8 @@ def open_log(folder):
     else:
         print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
 
-    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # of a run that was killed
+    # What a run that was killed was writing; the folder may hold other files of a user.
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
         os.remove(left)
     if not importlib.util.find_spec("tensorboard"):
         return file, None
