@@ -736,6 +736,16 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, size):
                          f"'{tmp_path}/none/x.{os.getpid()}.tmp')")  # fmt: skip
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("write failed")])
+def test_whatever_torch_calls_a_full_disk_is_one_line(tmp_path, error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    line = message(rae_encoder.write_file, str(tmp_path / "x.pt"), write)
+    assert line == f"{tmp_path}/x.pt: can't be written ({error})" and not list(tmp_path.iterdir())
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("hacked",)
