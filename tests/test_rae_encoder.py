@@ -690,12 +690,14 @@ def test_emulated_bf16_is_not_taken(monkeypatch, kind, hardware):
 
 
 def test_devices_that_are_not_there_end_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
-    assert rae_encoder.choose_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "mps", "xpu"):
-        line = message(rae_encoder.choose_device, name)
-        assert line == f"--device {name}: this machine, or this torch, has none; --device cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for built_for in (None, torch.device("cuda")):  # a torch built for CUDA says so without a GPU, too
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda built_for=built_for: built_for)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        assert rae_encoder.choose_device("cpu") == torch.device("cpu")
+        for name in ("cuda", "mps", "xpu"):
+            line = message(rae_encoder.choose_device, name)
+            assert line == f"--device {name}: this machine, or this torch, has none; --device cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert "has none" in message(rae_encoder.choose_device, "mps")
     assert (
