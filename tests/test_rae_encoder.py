@@ -410,8 +410,9 @@ def test_a_demo_that_cannot_be_drawn_ends_in_one_line(tmp_path, monkeypatch):
 
 
 def test_encoder_is_timms_vit_without_the_last_affine(tmp_path):
+    torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=0).eval()
-    torch.nn.init.normal_(vit.norm.weight)
+    torch.nn.init.uniform_(vit.norm.weight, 0.5, 1.5)  # to be divided by
     torch.nn.init.normal_(vit.norm.bias)
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
     encoder = Encoder("test_vit", encoder_size=64, image_size=32, weights=str(tmp_path / "vit.pt"))
