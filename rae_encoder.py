@@ -219,8 +219,9 @@ def choose_device(name=None, local_rank=0):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
+    # A torch built for CUDA names it where there is no GPU, too.
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != name:
+    if not torch.accelerator.is_available() or accelerator.type != name:
         raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
     devices = torch.accelerator.device_count()
     if local_rank >= devices:
