@@ -856,7 +856,7 @@ def test_bad_runs_end_in_one_line(folder):
     refused("--data data/demo: 22 images, fewer than --batch-size 32", "--batch-size", 32)
     refused("--batch-size 8 is no multiple of 1 ranks x 3 --accum", "--accum", 3)
     refused("--eval-data none: No such file", "--eval-data", "none")
-    refused("--image-size 32 is no multiple of the patch: 4 tokens a side, patch 5", "--patch-size", 5)
+    refused("--image-size 32: no multiple of the patch: 4 tokens a side, patch size 5", "--patch-size", 5)
     Path("file").write_text("")
     refused("--out file/run: can't be written (", "--out", "file/run")
     assert last.read_bytes() == whole
@@ -894,7 +894,7 @@ def all_finite(value):
 def test_ten_steps_in_a_row_end_the_run_and_leave_a_good_checkpoint(folder, poisoned, capsys, accum):
     flags = ["--steps", 30, "--keep-every", 1, "--log-every", 100, "--accum", accum]
     line = message(poisoned, range(4, 31), *flags)
-    remedy = "try a lower --lr; the last good checkpoint is runs/decoder/last.pt"
+    remedy = "try a lower --lr; the last checkpoint is runs/decoder/last.pt"
     assert line == f"step 13: 10 steps in a row not finite; {remedy}"
     last, good = read("runs/decoder/last.pt"), read("runs/decoder/0000003.pt")
     assert all_finite(last)

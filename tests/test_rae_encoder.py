@@ -524,7 +524,12 @@ def test_networks_that_are_no_plain_vit_end_in_one_line(name):
     [
         ("vit_nano", None, None, "--encoder vit_nano: neither"),
         ("vit_base_patch16_224.typo", None, None, "--encoder vit_base_patch16_224.typo: neither"),
-        ("test_vit", 65, "random", "--encoder-size 65: no multiple of the patch size, 16"),
+        (
+            "test_vit",
+            65,
+            "random",
+            "--encoder-size 65: the encoder would see 65 pixels, no multiple of its patch size, 16",
+        ),
         ("test_vit", None, "none.pt", "--encoder-weights none.pt: no such file"),
         ("test_vit", None, "text.pt", "--encoder-weights text.pt: not a file of weights ("),
         ("test_vit", None, "wrong.pt", "--encoder-weights wrong.pt: no weights of timm's test_vit ("),
