@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,6 @@ import dit_dh
 import rae_encoder
 from rae_encoder import (
     DEMO,
-    OLDER,
     RAEV2,
     SMALL,
     Encoder,
@@ -42,6 +42,7 @@ from rae_encoder import (
     amount,
     check_pair,
     count,
+    difference,
     encode_views,
     even_order,
     fraction,
@@ -156,8 +157,7 @@ def parse_args(argv=None):
     )
 
     # A preset's sizes are of its own network, and its length gives way to another.
-    replaced = {"model": SIZES, "epochs": ["steps"]}
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, replaced)
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
     if args.keep_every and args.keep_every % args.save_every:
         raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
@@ -290,7 +290,7 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     if "mean" in start:
         return start["mean"], start["var"]
 
-    num = min(args.stats_images, len(source))
+    num = max(world, min(args.stats_images, len(source)))
     order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
     if isinstance(source, LatentCache):
         # On the device, since that is where ranks exchange the sums.
@@ -405,9 +405,8 @@ def report_skipped(steps, terms, progress, precision, last):
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
     if steps[-10:] == list(range(step - 9, step + 1)):
-        progress.close()
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
-        saved = f"; the last good checkpoint is {last}" if os.path.exists(last) else ""
+        saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
         raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
 
 
@@ -448,7 +447,8 @@ def open_log(folder):
     else:
         print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
 
-    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # of a run that was killed
+    # What a run that was killed was writing; the folder may hold other files of a user.
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
         os.remove(left)
     if not importlib.util.find_spec("tensorboard"):
         return file, None
@@ -460,8 +460,7 @@ def write_log(log, step, record):
     try:
         print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
     except OSError as error:
-        problem = f"{file.name}: can't be written ({reason(error)})"
-        raise SystemExit(f"{problem}; the last checkpoint is whole") from None
+        raise SystemExit(f"{file.name}: can't be written ({reason(error)})") from None
     if board:
         for name, value in record.items():
             board.add_scalar(name, value, step)
@@ -469,9 +468,10 @@ def write_log(log, step, record):
 
 def find_checkpoint(path, last, device):
     """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
+    if path:
+        return path
     first = not dist.is_initialized() or dist.get_rank() == 0
-    found = any_rank(first and os.path.exists(last), device)
-    return path or (last if found else None)
+    return last if any_rank(first and os.path.exists(last), device) else None
 
 
 def resume(source, form, config, state, steps):
@@ -484,10 +484,10 @@ def resume(source, form, config, state, steps):
     # Older versions have a patch size, always 1, and the precision among their flags.
     checkpoint["config"].get("sizes", {}).pop("patch", None)
     checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
-    for key, value in config.items():
-        before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
-        if before != value:
-            raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
+    key = difference(config, checkpoint["config"])
+    if key:
+        theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
+        raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
         raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
@@ -504,16 +504,21 @@ def save(last, keep_every, state, **rest):
         numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
         if os.path.exists(numbered):
             os.remove(numbered)
-        os.link(last, numbered)
+        try:
+            os.link(last, numbered)
+        except OSError:  # a disk without hard links
+            shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, run):
+def announce(log, args, data, models, network, device, precision, step, steps):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
     demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
@@ -653,12 +658,11 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']}, shift {config['shift']:.2f}; {args.model}"
-    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
-    announce(log, args, data, models, network, run)
+    announce(log, args, data, models, network, device, f"{precision} ({why})", step, steps)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    how = step_options(args, config["shift"], precision)
+    options = step_options(args, config["shift"], precision)
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -667,7 +671,7 @@ def main(argv=None):
     for x, y in load_latents(source, encoder, mean, var, order, args.workers):
         seed_step(args.seed, step, rank)
         lr = set_learning_rate(optimizer, learning_rate(step, hold, decay, args.lr, args.final_lr))
-        terms, finite = train_step(model, optimizer, x, y, **how)
+        terms, finite = train_step(model, optimizer, x, y, **options)
         if finite:
             update_ema(ema, network, args.ema)
         step += 1

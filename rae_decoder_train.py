@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -39,13 +40,13 @@ from tqdm import tqdm
 import rae_encoder
 from rae_encoder import (
     DEMO,
-    OLDER,
     RAEV2,
     SMALL,
     Encoder,
     ImageData,
     amount,
     count,
+    difference,
     even_order,
     fraction,
     load_images,
@@ -137,7 +138,7 @@ def parse_args(argv=None):
     add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
     add("--eval-every", type=count, default=2500, help="steps (%(default)s)")
 
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv, {"epochs": ["steps"]})
+    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
     if args.layer_subsets and not args.layers:
@@ -257,7 +258,7 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
     file = read_weights(path, flag)
     if file.get("format") == "rae-flow/1":
         raise SystemExit(f"{flag} {path}: is a flow of flow_train.py, not a decoder")
-    if file.get("format") == "rae-decoder/1" and file.keys() >= {"config", "ema", "args"}:
+    if file.get("format") == FORMAT and file.keys() >= {"config", "ema", "args"}:
         state = file["ema"]
         sizes = file["config"]["decoder"]
         flags = {key: file["args"].get(key) for key in ("encoder_weights", "preset")}
@@ -487,6 +488,7 @@ def decoder_step(
     sigma = noise_tau * draw(len(z), 1, 1, 1, device=z.device).abs()
     z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     last_weight = getattr(model, "module", model).decoder_pred.weight
     terms = {}
     optimizer.zero_grad()
@@ -503,7 +505,7 @@ def decoder_step(
                 parts["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
                 parts["lambda"] = adaptive_weight(loss, parts["gan"], last_weight)
                 loss = loss + gan_weight * parts["lambda"] * parts["gan"]
-        (loss / accum).backward()
+        (loss / accum).backward(inputs=weights)  # not into the discriminator
         parts["loss"] = loss
         for name, value in parts.items():
             terms[name] = terms.get(name, 0) + value.detach() / accum
@@ -566,13 +568,13 @@ def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32):
         if perceptual:
             distances += perceptual(2 * xhat - 1, 2 * x - 1).flatten().tolist()
 
-    # float64, which mps does not have, so it goes to the device only where ranks exchange it.
+    # In float64, which mps does not have, so only where ranks exchange it on the device.
     totals = torch.tensor([sum(psnr), sum(distances)], dtype=torch.float64)
-    totals = mean_over_ranks(totals.to(device)) * world if world > 1 else totals
-    scores = dict(zip(("eval_psnr", "eval_lpips"), (totals / len(data)).tolist(), strict=True))
-    if not perceptual:
-        del scores["eval_lpips"]
-    return scores
+    if world > 1:
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    psnr, distance = (totals / len(data)).tolist()
+    return {"eval_psnr": psnr, "eval_lpips": distance} if perceptual else {"eval_psnr": psnr}
 
 
 def report_scores(log, progress, step, scores):
@@ -668,9 +670,8 @@ def report_skipped(steps, terms, progress, precision, last):
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
     if steps[-10:] == list(range(step - 9, step + 1)):
-        progress.close()
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
-        saved = f"; the last good checkpoint is {last}" if os.path.exists(last) else ""
+        saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
         raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
 
 
@@ -711,7 +712,8 @@ def open_log(folder):
     else:
         print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
 
-    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # of a run that was killed
+    # What a run that was killed was writing; the folder may hold other files of a user.
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
         os.remove(left)
     if not importlib.util.find_spec("tensorboard"):
         return file, None
@@ -723,8 +725,7 @@ def write_log(log, step, record):
     try:
         print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
     except OSError as error:
-        problem = f"{file.name}: can't be written ({reason(error)})"
-        raise SystemExit(f"{problem}; the last checkpoint is whole") from None
+        raise SystemExit(f"{file.name}: can't be written ({reason(error)})") from None
     if board:
         for name, value in record.items():
             board.add_scalar(name, value, step)
@@ -732,9 +733,10 @@ def write_log(log, step, record):
 
 def find_checkpoint(path, last, device):
     """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
+    if path:
+        return path
     first = not dist.is_initialized() or dist.get_rank() == 0
-    found = any_rank(first and os.path.exists(last), device)
-    return path or (last if found else None)
+    return last if any_rank(first and os.path.exists(last), device) else None
 
 
 def resume(source, form, config, state, steps):
@@ -747,10 +749,10 @@ def resume(source, form, config, state, steps):
     # Older versions have a patch size, always 1, and the precision among their flags.
     checkpoint["config"].get("sizes", {}).pop("patch", None)
     checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
-    for key, value in config.items():
-        before = (OLDER | checkpoint["config"]).get(key, value)  # older versions may lack it
-        if before != value:
-            raise SystemExit(f"{source} has {key} {before}, this run {value}: same flags, or another --out")
+    key = difference(config, checkpoint["config"])
+    if key:
+        theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
+        raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
         raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
@@ -767,16 +769,21 @@ def save(last, keep_every, state, **rest):
         numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
         if os.path.exists(numbered):
             os.remove(numbered)
-        os.link(last, numbered)
+        try:
+            os.link(last, numbered)
+        except OSError:  # a disk without hard links
+            shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, run):
+def announce(log, args, data, models, network, device, precision, step, steps):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
     demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
@@ -803,41 +810,17 @@ def leave(progress, data, device, last, step, steps):
 
 
 def build(args, device):
-    """(encoder, decoder, perceptual loss or None, discriminator or None), as the flags say, on the device."""
+    """(encoder, decoder, config), as the flags say. Raises SystemExit for sizes that don't fit together."""
     # With a patch twice as large, 512 px images come from the tokens of 256 px ones.
-    size = args.image_size
-    seen = size * 16 // (args.patch_size or 16)
+    seen = args.image_size * 16 // (args.patch_size or 16)
     encoder = Encoder(args.encoder, args.encoder_size, seen, args.encoder_weights, args.layers)
-    patch = args.patch_size or size / encoder.grid
-    if size % patch or patch % 1:
-        problem = (
-            f"--image-size {size} is no multiple of the patch: {encoder.grid} tokens a side, patch {patch:g}"
-        )
-        raise SystemExit(f"{problem}; change --image-size, --encoder-size or --patch-size")
+    patch = args.patch_size or args.image_size / encoder.grid
+    if args.image_size % patch or patch % 1:
+        problem = f"no multiple of the patch: {encoder.grid} tokens a side, patch size {patch:g}"
+        raise SystemExit(f"--image-size {args.image_size}: {problem}; change one of them or --encoder-size")
 
-    decoder = Decoder(
-        name=args.decoder,
-        channels=encoder.width,
-        grid=size // int(patch),
-        patch_size=int(patch),
-        mean=encoder.mean.flatten().tolist(),
-        std=encoder.std.flatten().tolist(),
-    )
-    decoder.checkpoint_activations = args.checkpoint_activations
-    if args.init:
-        weights = load_decoder(args.init, args.encoder, "--init")[0].state_dict()
-        try:
-            decoder.load_state_dict(weights)
-        except RuntimeError as error:
-            raise SystemExit(f"--init {args.init}: of other sizes than this run ({reason(error)})") from None
-    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
-    return encoder.to(device), decoder.to(device), perceptual, disc
-
-
-def describe(args, encoder, decoder):
-    """The checkpoint's config: what later stages need to know."""
-    return {
+    # What later stages need to know
+    config = {
         "encoder": args.encoder,
         "encoder_hash": encoder.hash,
         "encoder_size": encoder.encoder_size,
@@ -847,8 +830,8 @@ def describe(args, encoder, decoder):
         "decoder": {
             "name": args.decoder,
             "channels": encoder.width,
-            "grid": decoder.grid,
-            "patch_size": decoder.patch_size,
+            "grid": args.image_size // int(patch),
+            "patch_size": int(patch),
             "mean": encoder.mean.flatten().tolist(),
             "std": encoder.std.flatten().tolist(),
         },
@@ -856,6 +839,27 @@ def describe(args, encoder, decoder):
         "noise_law": args.noise_law,
         "gan": args.gan_weight > 0,
     }
+    decoder = Decoder(**config["decoder"])
+    decoder.checkpoint_activations = args.checkpoint_activations
+    if args.init:
+        initialise(decoder, args.init, args.encoder)
+    return encoder.to(device), decoder.to(device), config
+
+
+def initialise(decoder, path, encoder):
+    """--init: the weights of `path`, ours or released. Raises SystemExit where they are of other sizes."""
+    weights = load_decoder(path, encoder, "--init")[0].state_dict()
+    try:
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SystemExit(f"--init {path}: of other sizes than this run ({reason(error)})") from None
+
+
+def build_losses(args, device):
+    """(perceptual loss, discriminator), None where its weight is 0."""
+    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
+    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
+    return perceptual, disc
 
 
 def training_state(decoder, disc, lr):
@@ -910,8 +914,8 @@ def main(argv=None):
     steps_per_epoch, steps = plan_steps(len(data), args, world)
     log = open_log(args.out) if rank == 0 else None
     torch.manual_seed(args.seed)
-    encoder, decoder, perceptual, disc = build(args, device)
-    config = describe(args, encoder, decoder)
+    encoder, decoder, config = build(args, device)
+    perceptual, disc = build_losses(args, device)
     state = training_state(decoder, disc, args.lr)
 
     # Where a run before this one stopped
@@ -924,13 +928,12 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}"
-    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
-    announce(log, args, data, models, decoder, run)
+    announce(log, args, data, models, decoder, device, f"{precision} ({why})", step, steps)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
     warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
-    how = step_options(args, precision)
+    options = step_options(args, precision)
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -943,7 +946,7 @@ def main(argv=None):
             subsets = draw_subsets(len(images), len(args.layers), device) if args.layer_subsets else None
             z = encoder(images, subsets)  # (B, C, G, G)
         critic = disc if step >= gan_start else None
-        terms, finite = decoder_step(model, state["optimizer"], images, z, perceptual, critic, **how)
+        terms, finite = decoder_step(model, state["optimizer"], images, z, perceptual, critic, **options)
         if finite:
             update_ema(state["ema"], decoder, args.ema)
         if finite and disc and step >= disc_start:
@@ -961,7 +964,6 @@ def main(argv=None):
         if not finite:
             skipped.append(step)
             report_skipped(skipped, terms, progress, precision, last)
-
         stopped = any_rank(len(signals) > 0, device)
         final = stopped or step == steps
         progress.update()

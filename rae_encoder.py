@@ -56,6 +56,13 @@ PRESETS = {
     "imagenet512": {"image_size": 512, "batch_size": 64},
     "raev2": RAEV2,
 }
+# What a preset says of these does not hold where such a flag asks for something else.
+REPLACED = {
+    "epochs": ["steps"],
+    "image_size": ["encoder_size"],
+    "encoder": ["encoder_size", "encoder_weights"],
+    "model": ["width", "depth", "heads", "head_width", "head_depth", "head_heads"],
+}
 # The tag is part of the name: the mean and std of the training images come with it.
 ALIASES = {
     "dinov2-small": "vit_small_patch14_reg4_dinov2.lvd142m",
@@ -122,7 +129,7 @@ def bounded(convert, fits, expected):
 
 
 count = bounded(int, lambda value: value >= 1, "a whole number from 1")
-whole = bounded(int, lambda value: value >= 0, "a whole number from 0")
+whole = bounded(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 positive = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
 amount = bounded(float, lambda value: 0 <= value < math.inf, "a number from 0")
 fraction = bounded(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
@@ -201,31 +208,29 @@ def training_parser(description, presets):
     return parser, group
 
 
-def parse_with_preset(parser, presets, argv, replaced=None):
-    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data.
-
-    replaced: {flag: the defaults of a preset that don't hold where it is given}.
-    """
-    # --preset and --data decide the other defaults, so they are looked at first.
-    replaced = replaced or {}
+def parse_with_preset(parser, presets, argv):
+    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
+    # These decide other defaults, so they are looked at first.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("preset", "data", *replaced):
-        first.add_argument(f"--{flag}")
+    for flag in ("preset", "data", *REPLACED):
+        first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    defaults = dict(presets.get(name, {}))
-    for flag, keys in replaced.items():
-        if getattr(given, flag):
-            defaults = {key: value for key, value in defaults.items() if key not in keys}
+    preset = presets.get(name, {})
+    void = set()
+    for flag, keys in REPLACED.items():
+        asked = getattr(given, flag)
+        # A network is named with its own sizes, also where the preset's has that name.
+        if asked and (flag == "model" or asked != str(preset.get(flag))):
+            void.update(keys)
+    defaults = {key: value for key, value in preset.items() if key not in void}
     parser.set_defaults(**defaults, preset=name)
     args = parser.parse_args(argv)
 
     if not args.data:
         raise SystemExit(f"--preset {name} needs --data DIR")
     if name == "demo" and given.data:
-        raise SystemExit(
-            f"--data {given.data}: the demo draws its own images; leave one of the two flags out"
-        )
+        raise SystemExit(f"--data {given.data}: the demo draws its own images; leave --preset or --data out")
     return args
 
 
@@ -240,8 +245,9 @@ def choose_device(name=None, local_rank=0):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
+    # A torch built for CUDA names it where there is no GPU, too.
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != name:
+    if not torch.accelerator.is_available() or accelerator.type != name:
         raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
     devices = torch.accelerator.device_count()
     if local_rank >= devices:
@@ -304,6 +310,11 @@ def run(main):
     """main(), which Ctrl-C ends in one line and with exit code 130, as the shell has it."""
     try:
         main()
+    except SystemExit:
+        # The last line would stand behind a progress bar that is still open.
+        for bar in list(tqdm._instances):
+            bar.close()
+        raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("\ninterrupted; nothing new was written, the same command starts again", file=sys.stderr)
@@ -361,14 +372,29 @@ def fingerprint(tensors):
     return digest.hexdigest()[:12]
 
 
+def complete(config):
+    """A checkpoint's config with what older versions leave out; a released file tells next to nothing."""
+    return OLDER | config if "encoder_size" in config else config
+
+
+def difference(config, other):
+    """The first key that both configs have, with different values, or None; weights count, not names."""
+    other = complete(other)
+    same_weights = "encoder_hash" in config and config["encoder_hash"] == other.get("encoder_hash")
+    for key, value in config.items():
+        if other.get(key, value) != value and not (key == "encoder" and same_weights):
+            return key
+    return None
+
+
 def check_pair(flow, flow_name, decoder, decoder_name):
     """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
-    # A released file tells next to nothing, an older checkpoint all but what is newer.
-    flow, decoder = (OLDER | config if "encoder_size" in config else config for config in (flow, decoder))
-    for key in ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape"):
-        if key in flow and key in decoder and flow[key] != decoder[key]:
-            one = f"{flow_name} has {key} {flow[key]}"
-            raise SystemExit(f"{one}, {decoder_name} has {decoder[key]}: they are no pair")
+    names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
+    ours = {name: value for name, value in complete(flow).items() if name in names}
+    key = difference(ours, decoder)
+    if key:
+        problem = f"{flow_name} has {key} {ours[key]}, {decoder_name} has {complete(decoder)[key]}"
+        raise SystemExit(f"{problem}: they are no pair")
 
 
 # Images
@@ -567,10 +593,9 @@ def draw_demo(folder, num=2000, size=32):
         image.resize((size, size), Image.Resampling.BOX).save(os.path.join(path, f"{i:04d}.png"))
 
     # Another process may have drawn the same meanwhile.
-    if os.path.isdir(folder):
-        shutil.rmtree(temporary)
-    else:
+    if not os.path.isdir(folder):
         os.rename(temporary, folder)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def draw_shape(draw, shape, x, y, radius, fill):
@@ -712,7 +737,11 @@ class Encoder(nn.Module):
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // 16
         if self.encoder_size % patch:
-            raise SystemExit(f"--encoder-size {self.encoder_size}: no multiple of the patch size, {patch}")
+            cause = f"--encoder-size {encoder_size}" if encoder_size else f"--image-size {image_size}"
+            problem = (
+                f"the encoder would see {self.encoder_size} pixels, no multiple of its patch size, {patch}"
+            )
+            raise SystemExit(f"{cause}: {problem}; give another --encoder-size")
         self.width = self.vit.embed_dim
         self.grid = self.encoder_size // patch
         self.resize_positions()
@@ -733,7 +762,7 @@ class Encoder(nn.Module):
         # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
         if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.vit.pretrained_cfg["architecture"]:
             grid = self.vit.patch_embed.grid_size
-            prefix = native.shape[1] - math.isqrt(native.shape[1]) ** 2  # MAE's class token
+            prefix = self.vit.num_prefix_tokens
             position = resample_abs_pos_embed(native, grid, num_prefix_tokens=prefix, antialias=False)
             self.vit.pos_embed = nn.Parameter(position)
 

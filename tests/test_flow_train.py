@@ -379,6 +379,15 @@ def test_numbered_copies_are_links_that_stay(folder):
     assert read(numbered[0])["step"] == 2 and len(second) == len(last.read_bytes())
 
 
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(folder):
+    os.makedirs("runs/[run]")
+    Path("runs/[run]/last.pt.123.tmp").touch()
+    Path("runs/[run]/notes.tmp").touch()
+    train("[run]", "--steps", 1)
+    assert {path.name for path in Path("runs/[run]").iterdir()} >= {"notes.tmp", "last.pt"}
+    assert not Path("runs/[run]/last.pt.123.tmp").exists()
+
+
 # What can go wrong
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -636,6 +637,13 @@ def test_spectral_norm_is_near_one_and_iterates_once_a_step(tiny_dino):
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
+def test_a_loss_that_is_not_finite_counts_where_gradients_are():
+    recorder, images = Recorder(), torch.rand(2, 3, 8, 8)
+    images[0, 0, 0, 0] = math.inf  # the gradient of L1 is a sign
+    terms, finite = step(recorder, images, torch.zeros(2, 2, 1, 1))
+    assert terms["gradient_norm"].isfinite() and terms["loss"].isinf() and not finite
+
+
 def test_recomputed_activations_give_the_same_gradients():
     z, found = torch.randn(2, 6, 3, 3), []
     for recomputes in (False, True):
@@ -711,6 +719,18 @@ def test_resume_is_exact_with_the_discriminator_and_ema_is_its_closed_form(folde
         assert torch.allclose(value, expected, atol=1e-5), name
     assert os.path.samefile("runs/decoder/last.pt", "runs/decoder/0000009.pt")  # no second write
     assert not list(Path("runs/decoder").glob("*.tmp"))
+
+
+def test_a_numbered_copy_can_be_written_again(tmp_path):
+    last = str(tmp_path / "last.pt")
+    network = torch.nn.Linear(2, 2)
+    for bias in (1.0, 2.0):
+        torch.nn.init.constant_(network.bias, bias)
+        rae_decoder_train.save(last, 2, {"model": network}, step=4)
+    torch.nn.init.constant_(network.bias, 3.0)
+    rae_decoder_train.save(last, 2, {"model": network}, step=5)
+    assert read(tmp_path / "0000004.pt")["model"]["bias"].tolist() == [2, 2]
+    assert read(last)["model"]["bias"].tolist() == [3, 3] and len(list(tmp_path.iterdir())) == 2
 
 
 def test_held_out_numbers_are_those_of_numpy_for_any_batch(folder):
@@ -820,8 +840,12 @@ def test_bad_runs_end_in_one_line(folder):
 
     last.write_bytes(whole[: len(whole) // 2])
     refused("--resume runs/decoder/last.pt: not a file of weights (")
-    torch.save({"format": "rae-flow/1"}, last)
-    refused("--resume runs/decoder/last.pt: not a whole rae-decoder/1 checkpoint")
+    for other in (
+        torch.load(io.BytesIO(whole), weights_only=True) | {"format": "rae-flow/1"},
+        {"format": "rae-decoder/1", "mean": "text"},
+    ):
+        torch.save(other, last)
+        refused("--resume runs/decoder/last.pt: not a whole rae-decoder/1 checkpoint")
     last.write_bytes(whole)
     refused("runs/decoder/last.pt has gan False, this run True: same flags, or another --out", *GAN)
     refused("runs/decoder/last.pt has noise_tau 0.2, this run 0.3", "--noise-tau", 0.3)
@@ -832,7 +856,7 @@ def test_bad_runs_end_in_one_line(folder):
     refused("--data data/demo: 22 images, fewer than --batch-size 32", "--batch-size", 32)
     refused("--batch-size 8 is no multiple of 1 ranks x 3 --accum", "--accum", 3)
     refused("--eval-data none: No such file", "--eval-data", "none")
-    refused("--image-size 32 is no multiple of the patch: 4 tokens a side, patch 5", "--patch-size", 5)
+    refused("--image-size 32: no multiple of the patch: 4 tokens a side, patch size 5", "--patch-size", 5)
     Path("file").write_text("")
     refused("--out file/run: can't be written (", "--out", "file/run")
     assert last.read_bytes() == whole
@@ -870,7 +894,7 @@ def all_finite(value):
 def test_ten_steps_in_a_row_end_the_run_and_leave_a_good_checkpoint(folder, poisoned, capsys, accum):
     flags = ["--steps", 30, "--keep-every", 1, "--log-every", 100, "--accum", accum]
     line = message(poisoned, range(4, 31), *flags)
-    remedy = "try a lower --lr; the last good checkpoint is runs/decoder/last.pt"
+    remedy = "try a lower --lr; the last checkpoint is runs/decoder/last.pt"
     assert line == f"step 13: 10 steps in a row not finite; {remedy}"
     last, good = read("runs/decoder/last.pt"), read("runs/decoder/0000003.pt")
     assert all_finite(last)

@@ -410,8 +410,9 @@ def test_a_demo_that_cannot_be_drawn_ends_in_one_line(tmp_path, monkeypatch):
 
 
 def test_encoder_is_timms_vit_without_the_last_affine(tmp_path):
+    torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=0).eval()
-    torch.nn.init.normal_(vit.norm.weight)
+    torch.nn.init.uniform_(vit.norm.weight, 0.5, 1.5)  # to be divided by
     torch.nn.init.normal_(vit.norm.bias)
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
     encoder = Encoder("test_vit", encoder_size=64, image_size=32, weights=str(tmp_path / "vit.pt"))
@@ -523,7 +524,12 @@ def test_networks_that_are_no_plain_vit_end_in_one_line(name):
     [
         ("vit_nano", None, None, "--encoder vit_nano: neither"),
         ("vit_base_patch16_224.typo", None, None, "--encoder vit_base_patch16_224.typo: neither"),
-        ("test_vit", 65, "random", "--encoder-size 65: no multiple of the patch size, 16"),
+        (
+            "test_vit",
+            65,
+            "random",
+            "--encoder-size 65: the encoder would see 65 pixels, no multiple of its patch size, 16",
+        ),
         ("test_vit", None, "none.pt", "--encoder-weights none.pt: no such file"),
         ("test_vit", None, "text.pt", "--encoder-weights text.pt: not a file of weights ("),
         ("test_vit", None, "wrong.pt", "--encoder-weights wrong.pt: no weights of timm's test_vit ("),
@@ -690,12 +696,14 @@ def test_emulated_bf16_is_not_taken(monkeypatch, kind, hardware):
 
 
 def test_devices_that_are_not_there_end_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
-    assert rae_encoder.choose_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "mps", "xpu"):
-        line = message(rae_encoder.choose_device, name)
-        assert line == f"--device {name}: this machine, or this torch, has none; --device cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for built_for in (None, torch.device("cuda")):  # a torch built for CUDA says so without a GPU, too
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda built_for=built_for: built_for)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        assert rae_encoder.choose_device("cpu") == torch.device("cpu")
+        for name in ("cuda", "mps", "xpu"):
+            line = message(rae_encoder.choose_device, name)
+            assert line == f"--device {name}: this machine, or this torch, has none; --device cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert "has none" in message(rae_encoder.choose_device, "mps")
     assert (
@@ -734,6 +742,16 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, size):
     line = message(rae_encoder.write_file, str(tmp_path / "none/x"), lambda file: None)
     assert line.endswith("x: can't be written ([Errno 2] No such file or directory: "
                          f"'{tmp_path}/none/x.{os.getpid()}.tmp')")  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("write failed")])
+def test_whatever_torch_calls_a_full_disk_is_one_line(tmp_path, error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    line = message(rae_encoder.write_file, str(tmp_path / "x.pt"), write)
+    assert line == f"{tmp_path}/x.pt: can't be written ({error})" and not list(tmp_path.iterdir())
 
 
 class Malicious:

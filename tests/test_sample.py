@@ -793,7 +793,7 @@ def test_errors(files, tmp_path, monkeypatch):
     folder, flags = files
     monkeypatch.chdir(tmp_path)
     plain = write_flow(tmp_path / "dit.pt", "DiT-S")
-    write_flow(tmp_path / "vit.pt", encoder="test_vit2")
+    write_flow(tmp_path / "vit.pt", encoder="test_vit2", encoder_hash="1" * 12)
     write_flow(tmp_path / "hash.pt", encoder_hash="0123456789ab")
     write_flow(tmp_path / "grid.pt", latent_shape=[64, 4, 4])
     write_flow(tmp_path / "one.pt", num_classes=1)
