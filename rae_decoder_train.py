@@ -262,7 +262,7 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
         state = file["ema"]
         sizes = file["config"]["decoder"]
         flags = {key: file["args"].get(key) for key in ("encoder_weights", "preset")}
-        config = flags | file["config"]
+        config = rae_encoder.complete(flags | file["config"])
     else:
         state = released_state(file)
         sizes = released_sizes(state, encoder, f"{flag} {path}")
