@@ -59,11 +59,13 @@ from rae_encoder import (
 
 FORMAT = "rae-flow/1"  # of the checkpoints
 SIZES = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
+# What differs from the flags' own defaults, which are the released recipe's.
 PRESETS = {
     "demo": DEMO
     | {
         "decoder": "runs/decoder/last.pt",
         "model": "DiT-DH-S",
+        # 2 M parameters, as wide as its 64 channels demand
         "width": 128,
         "depth": 4,
         "heads": 4,
@@ -71,12 +73,13 @@ PRESETS = {
         "head_depth": 2,
         "head_heads": 4,
         "batch_size": 64,
+        # A minute or two on two cores
         "epochs": 40,
         "hold_epochs": 12,
         "decay_epochs": 40,
         "lr": 2e-3,
         "ema": 0.99,
-        "cache_latents": True,
+        "cache_latents": True,  # 2,000 small images
         "log_every": 20,
         "preview_every": 0,
         "save_every": 200,
@@ -93,8 +96,8 @@ PRESETS = {
         "head_heads": 8,
         "batch_size": 64,
         "steps": 1000,
-        "hold_epochs": None,
-        "decay_epochs": None,
+        "hold_epochs": None,  # half of the run
+        "decay_epochs": None,  # the end of the run
         "lr": 1e-3,
         "ema": 0.99,
         "log_every": 20,
@@ -175,6 +178,7 @@ def default_shift(latent_shape):
 
 def draw_times(num, distribution, a, device):
     """`num` shifted times in [0,1]; logit-normal (0,1) is the released code's, uniform the paper's."""
+    # Logit-normal times are rarely near data or noise.
     if distribution == "uniform":
         t = torch.rand(num, device=device)
     else:
@@ -198,7 +202,7 @@ def flow_loss(model, x, y, t, eps, prediction="v", with_base=False):
 
 def learning_rate(step, hold, decay, lr, final_lr):
     """Constant for `hold` steps, then linear to final_lr at step `decay`, then constant."""
-    progress = (step - hold) / (decay - hold)
+    progress = (step - hold) / (decay - hold)  # below 0 before, above 1 after
     return lr + (final_lr - lr) * min(max(progress, 0), 1)
 
 
@@ -232,6 +236,7 @@ class LatentCache:
 
     def __init__(self, encoder, data, batch_size, workers, rank, world):
         self.seed = data.seed
+        # In fp32, as the encoder gives them; each rank of this machine has its own copy.
         shape = (len(data), 2, encoder.width, encoder.grid, encoder.grid)
         size = 4 * math.prod(shape) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if size > available_memory():
@@ -239,6 +244,7 @@ class LatentCache:
         self.latents = torch.zeros(shape)
         self.labels = torch.zeros(len(data), dtype=torch.int64)
 
+        # Each rank encodes its share, in batches as of training.
         order = even_order(len(data), len(data), max(1, batch_size // world), rank, world)
         progress = tqdm(order, "latents", disable=rank > 0)
         for keys, (z, y) in zip(progress, encode_views(encoder, data, order, workers), strict=True):
@@ -259,6 +265,7 @@ class LatentCache:
     def batch(self, keys):
         """Latents (B,C,G,G) and labels (B,), mirrored by the draws that ImageData makes."""
         rows = [i for _, i in keys]
+        # The generator of image i in epoch e, as ImageData makes it
         mirrored = [int(is_mirrored(np.random.default_rng((self.seed, *key)))) for key in keys]
         return self.latents[rows, mirrored], self.labels[rows]
 
@@ -275,6 +282,7 @@ def load_latents(source, encoder, mean, var, order, workers):
         images = load_images(source, order, device, workers)
         # In the order of the cache's memory: that is the order in which noise is drawn.
         batches = ((encoder(x).contiguous(), y) for x, y in images)
+    # The 1e-5 is the released code's.
     for z, y in batches:
         yield (z.to(device) - mean) / (var + 1e-5).sqrt(), y.to(device)
 
@@ -296,6 +304,7 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
         # On the device, since that is where ranks exchange the sums.
         device = encoder.mean.device
         return latent_statistics(source.latents[[i for _, i in keys]].to(device) for keys in order)
+    # Unmirrored, since each image counts with its mirror.
     whole = copy.copy(source)
     whole.augment = None
     views = encode_views(encoder, whole, order, args.workers)
@@ -316,6 +325,7 @@ def train_step(
     eps = torch.randn_like(x)
     loss = torch.zeros((), device=x.device)
     optimizer.zero_grad()
+    # All draws come first, so that micro-batches see those of one large batch.
     chunks = (value.chunk(accum) for value in (x, y, t, eps))
     for k, micro_batch in enumerate(zip(*chunks, strict=True)):
         model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
@@ -324,6 +334,7 @@ def train_step(
         micro_loss.backward()
         loss += micro_loss.detach()
     loss = mean_over_ranks(loss)
+    # Equal on all ranks, since DDP has averaged the gradients: they decide alike.
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     finite = bool(torch.isfinite(loss + norm))
     if finite:
@@ -352,6 +363,7 @@ def any_rank(flag, device):
 def catch_signals():
     """A list that SIGTERM and Ctrl-C fill from here on, so that the step that is running comes to its end."""
     signals = []
+    # SIGTERM is what torchrun and job schedulers send.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     return signals
@@ -364,6 +376,7 @@ def plan_steps(images, args, world):
         raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
     if batch_size % (world * args.accum):
         raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
+    # What does not fill a batch is left out of the epoch, other images each time.
     steps_per_epoch = images // batch_size
     return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
 
@@ -384,6 +397,7 @@ def adamw(network, lr):
 
 def seed_step(seed, step, rank):
     """The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
+    # SeedSequence mixes: neighbouring steps and ranks have nothing in common.
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
@@ -395,6 +409,7 @@ def set_learning_rate(optimizer, lr):
 
 @torch.no_grad()
 def update_ema(ema, network, decay):
+    # ema + (1 - decay) (network - ema), all weights in one call.
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
@@ -404,6 +419,7 @@ def report_skipped(steps, terms, progress, precision, last):
     if not progress.disable:  # rank 0
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
+    # One bad step is chance, ten are a run that has diverged: nothing good would come after them.
     if steps[-10:] == list(range(step - 9, step + 1)):
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
         saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
@@ -416,6 +432,7 @@ def report(log, progress, step, recent, images, since, **values):
     `images` is a step's. Forgets the recent steps, and returns the time.
     """
     now = time.time()
+    # A dict keeps their order; those of the GAN come in later.
     names = {name: None for terms in recent for name in terms}
     record = {}
     for name in names:
@@ -437,6 +454,7 @@ def open_log(folder):
     except OSError as error:
         raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
 
+    # Two runs in one folder would overwrite each other. Windows has no fcntl.
     if importlib.util.find_spec("fcntl"):
         fcntl = importlib.import_module("fcntl")
         try:
@@ -488,6 +506,7 @@ def resume(source, form, config, state, steps):
     if key:
         theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
         raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
+    # Nothing to do, and no error of training either.
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
         raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
@@ -526,6 +545,7 @@ def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
     silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
+    # Each rank knows of the images that it was to read.
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if not silent:
         line = [f"{last}: step {step} of {steps}"]
@@ -566,6 +586,7 @@ def initialise(network, path):
         theirs, ours = (getattr(model, name) for model in (source, network))
         if theirs != ours:
             raise SystemExit(f"--init {path} has {name} {theirs}, this run {ours}")
+    # "No class" is the last row of the labels, and means the same for any data.
     weights = source.state_dict()
     if source.num_classes != network.num_classes:
         table = "y_embedder.embedding_table.weight"
@@ -605,6 +626,7 @@ def save_preview(folder, last, decoder, num_classes, device):
     """Samples of the EMA, by the sampler that users run: the grid of `folder`.png, a column a class."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # sample.py works on the same GPU
+    # A process of its own, with the flags that a user would give.
     sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
     command = [sys.executable, sampler, "--flow", last, "--decoder", decoder, "--out", folder]
     command += ["--num", str(4 * min(num_classes, 10)), "--device", device.type, "--no-compile"]
@@ -687,6 +709,7 @@ def main(argv=None):
         progress.update()
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
+        # sample.py reads the checkpoint, so a preview comes after it.
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
         if rank == 0 and (final or preview or step % args.save_every == 0):
             about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}

@@ -64,6 +64,7 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
+# The release names no small decoders: ViT-mini and ViT-S are for small images.
 FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
     "demo": DEMO
@@ -232,10 +233,12 @@ class Decoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, z):
+        # Tokens in the decoder's width, on the decoder's grid
         x = self.decoder_embed(z.flatten(2).mT)  # (B, g*g, W)
         if z.shape[-1] != self.grid:
             x = x.mT.unflatten(2, z.shape[-2:])  # (B, W, g, g)
             x = F.interpolate(x, size=self.grid, mode="bilinear").flatten(2).mT  # (B, N, W)
+        # MAE's decoder has a class token; its output is dropped.
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, W)
         x = x + self.decoder_pos_embed
         for block in self.decoder_layers:
@@ -243,6 +246,7 @@ class Decoder(nn.Module):
                 x = recompute(block, x, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
             else:
                 x = block(x)
+        # Each token is a patch of pixels, in the encoder's normalisation.
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p*p*3)
         x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, 3))
         x = torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3)  # (B, 3, S, S)
@@ -300,6 +304,7 @@ def released_sizes(state, encoder, name):
     names = [known for known, sizes in DECODERS.items() if sizes[0] == width]
     if not names:
         raise SystemExit(f"{name}: not a decoder, ours or released (none has the width {width})")
+    # Only the grid must be guessed where a file leaves the positions out.
     position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
     pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
     return {
@@ -377,6 +382,7 @@ class Discriminator(nn.Module):
         x = F.interpolate(x, size=224, mode="bilinear")  # (B, 3, 224, 224)
         x = (x / 2 + 0.5 - self.mean) / self.std
         features = self.vit.forward_intermediates(x, [2, 5, 8, 11], output_fmt="NLC", intermediates_only=True)
+        # A head reads every token, so each image has as many verdicts as tokens and heads.
         logits = []
         with torch.autocast(x.device.type, enabled=False):  # spectral norm iterates in fp32
             for head, tokens in zip(self.heads, features[-1:] + features, strict=True):
@@ -415,6 +421,7 @@ def diff_augment(x, u=None):
     x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[-1]))
     x = x.gather(3, columns[:, None, None, :].expand(-1, 3, size, -1))  # (B, 3, S, S)
 
+    # Colours: each step works on what the one before it made.
     brightness, saturation, contrast = u[:, 2:].mT[..., None, None, None]  # (B, 1, 1, 1) each
     x = x + brightness - 0.5
     grey = x.mean(1, keepdim=True)
@@ -434,6 +441,7 @@ def adaptive_weight(reconstruction, gan, weight):
     As released, with the gradients averaged over the ranks, so that all use one lambda; the paper takes
     the gradients at the reconstruction (section 4.3).
     """
+    # Both graphs are needed once more, by the step itself.
     gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (reconstruction, gan)]
     norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
     return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
@@ -444,6 +452,7 @@ def adaptive_weight(reconstruction, gan, weight):
 
 def learning_rate(step, steps, warmup, lr, final_lr):
     """Linear warm-up over `warmup` steps, then a cosine that reaches final_lr at `steps`."""
+    # From 1 / warmup on: a first step at 0 would do nothing.
     if step < warmup:
         return lr * (step + 1) / warmup
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
@@ -507,6 +516,7 @@ def decoder_step(
                 loss = loss + gan_weight * parts["lambda"] * parts["gan"]
         (loss / accum).backward(inputs=weights)  # not into the discriminator
         parts["loss"] = loss
+        # Means over the micro-batches, for the log
         for name, value in parts.items():
             terms[name] = terms.get(name, 0) + value.detach() / accum
     return update(optimizer, terms)
@@ -524,9 +534,11 @@ def disc_step(model, optimizer, images, z, decoder, accum, precision):
         model.require_backward_grad_sync = k == accum - 1
         model.train(k == 0)  # in train mode alone spectral norm iterates: once a step
         with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # As the step before left the decoder, and in the levels of a file: no clue but the image.
             with torch.no_grad():
                 fake = to_8_bit(decoder(z_k))
             both = 2 * torch.cat([x, fake]) - 1  # (2B / accum, 3, S, S)
+            # Real and fake in one call, which DDP counts as one.
             logits = model(diff_augment(both, u_k.transpose(0, 1).flatten(0, 1)))
             loss = hinge_loss(*logits.chunk(2))
         (loss / accum).backward()
@@ -541,6 +553,7 @@ def update(optimizer, terms):
     values = mean_over_ranks(torch.stack(list(terms.values())))
     terms = dict(zip(terms, values, strict=True))
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    # Equal on all ranks, since DDP has averaged the gradients: they decide alike.
     norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     finite = bool(torch.isfinite(values.sum() + norm))
     if finite:
@@ -617,6 +630,7 @@ def any_rank(flag, device):
 def catch_signals():
     """A list that SIGTERM and Ctrl-C fill from here on, so that the step that is running comes to its end."""
     signals = []
+    # SIGTERM is what torchrun and job schedulers send.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     return signals
@@ -629,6 +643,7 @@ def plan_steps(images, args, world):
         raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
     if batch_size % (world * args.accum):
         raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
+    # What does not fill a batch is left out of the epoch, other images each time.
     steps_per_epoch = images // batch_size
     return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
 
@@ -649,6 +664,7 @@ def adamw(network, lr):
 
 def seed_step(seed, step, rank):
     """The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
+    # SeedSequence mixes: neighbouring steps and ranks have nothing in common.
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
@@ -660,6 +676,7 @@ def set_learning_rate(optimizer, lr):
 
 @torch.no_grad()
 def update_ema(ema, network, decay):
+    # ema + (1 - decay) (network - ema), all weights in one call.
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
@@ -669,6 +686,7 @@ def report_skipped(steps, terms, progress, precision, last):
     if not progress.disable:  # rank 0
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
+    # One bad step is chance, ten are a run that has diverged: nothing good would come after them.
     if steps[-10:] == list(range(step - 9, step + 1)):
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
         saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
@@ -681,6 +699,7 @@ def report(log, progress, step, recent, images, since, **values):
     `images` is a step's. Forgets the recent steps, and returns the time.
     """
     now = time.time()
+    # A dict keeps their order; those of the GAN come in later.
     names = {name: None for terms in recent for name in terms}
     record = {}
     for name in names:
@@ -702,6 +721,7 @@ def open_log(folder):
     except OSError as error:
         raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
 
+    # Two runs in one folder would overwrite each other. Windows has no fcntl.
     if importlib.util.find_spec("fcntl"):
         fcntl = importlib.import_module("fcntl")
         try:
@@ -753,6 +773,7 @@ def resume(source, form, config, state, steps):
     if key:
         theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
         raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
+    # Nothing to do, and no error of training either.
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
         raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
@@ -791,6 +812,7 @@ def leave(progress, data, device, last, step, steps):
     """The last line of a run, and the end of its process group."""
     silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
+    # Each rank knows of the images that it was to read.
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if not silent:
         line = [f"{last}: step {step} of {steps}"]
@@ -835,6 +857,7 @@ def build(args, device):
             "mean": encoder.mean.flatten().tolist(),
             "std": encoder.std.flatten().tolist(),
         },
+        # Not needed to decode, but a run that goes on must not change it.
         "noise_tau": args.noise_tau,
         "noise_law": args.noise_law,
         "gan": args.gan_weight > 0,
@@ -869,6 +892,7 @@ def training_state(decoder, disc, lr):
         "ema": copy.deepcopy(decoder).requires_grad_(False),
         "optimizer": adamw(decoder, lr),
     }
+    # Its backbone is frozen and comes from a file of its own.
     if disc:
         state["disc"] = disc.heads
         state["disc_optimizer"] = adamw(disc.heads, lr)
@@ -880,6 +904,7 @@ def open_held_out(args, data, device):
     if args.eval_data:
         held_out = ImageData(args.eval_data, args.image_size, None, 0, args.skip_broken, "--eval-data")
     else:
+        # The same list of files, but whole images instead of random crops.
         held_out = copy.copy(data)
         held_out.augment = None
     shown, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
@@ -945,7 +970,7 @@ def main(argv=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             subsets = draw_subsets(len(images), len(args.layers), device) if args.layer_subsets else None
             z = encoder(images, subsets)  # (B, C, G, G)
-        critic = disc if step >= gan_start else None
+        critic = disc if step >= gan_start else None  # it must have learned first
         terms, finite = decoder_step(model, state["optimizer"], images, z, perceptual, critic, **options)
         if finite:
             update_ema(state["ema"], decoder, args.ema)

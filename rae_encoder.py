@@ -49,6 +49,7 @@ DEMO = {
 }
 RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}  # Singh et al. 2026, K = 7
 SMALL = {"image_size": 64, "encoder": "dinov2-small", "encoder_size": 112}  # 8x8 tokens of width 384
+# What differs from the flags' own defaults, which are of the released recipe for 256 px.
 PRESETS = {
     "demo": DEMO | {"batch_size": 100},
     "small": SMALL,
@@ -107,6 +108,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake ends in one line, which names the nearest flag."""
 
     def error(self, message):
+        # argparse names the nearest choice of a value, but not the nearest flag.
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             flags = re.findall(r"--[\w-]+", self.format_usage())
@@ -118,6 +120,7 @@ class Parser(argparse.ArgumentParser):
 def bounded(convert, fits, expected):
     """An argparse type: convert(text) where that fits, else an error that says what was expected."""
 
+    # argparse shows the message of an ArgumentTypeError, but of a ValueError only the function's name.
     def parse(text):
         with contextlib.suppress(ValueError):
             value = convert(text)
@@ -128,6 +131,7 @@ def bounded(convert, fits, expected):
     return parse
 
 
+# inf and nan fit nowhere: every comparison with nan is false.
 count = bounded(int, lambda value: value >= 1, "a whole number from 1")
 whole = bounded(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 positive = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -184,6 +188,7 @@ def training_parser(description, presets):
     """common_parser with the flags that both trainings take; returns it and their group."""
     parser = common_parser(description, presets)
     group = parser.add_argument_group("training")
+    # One of the two: a preset has the other, which then does not count.
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="passes over the data (%(default)s)")
     length.add_argument("--steps", type=count, help="instead of --epochs (%(default)s)")
@@ -227,6 +232,7 @@ def parse_with_preset(parser, presets, argv):
     parser.set_defaults(**defaults, preset=name)
     args = parser.parse_args(argv)
 
+    # Only the demo makes its own images.
     if not args.data:
         raise SystemExit(f"--preset {name} needs --data DIR")
     if name == "demo" and given.data:
@@ -249,6 +255,7 @@ def choose_device(name=None, local_rank=0):
     accelerator = torch.accelerator.current_accelerator()
     if not torch.accelerator.is_available() or accelerator.type != name:
         raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
+    # torchrun starts as many processes as it is told.
     devices = torch.accelerator.device_count()
     if local_rank >= devices:
         raise SystemExit(f"more processes than {name} devices: --nproc_per_node {devices}")
@@ -266,6 +273,7 @@ def choose_precision(asked, device):
         names = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
         hardware = device.type == "cpu" and any(capabilities.get(name) for name in names)
 
+    # A flag is obeyed, with a warning in the first line.
     if asked == "bf16" and not hardware:
         return asked, "as asked, but not in this hardware: up to five times slower than fp32"
     if asked:
@@ -355,6 +363,7 @@ def write_file(path, write):
     try:
         with open(temporary, "wb") as file:
             write(file)
+            # The name must not reach the disk before what it names.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -368,6 +377,7 @@ def fingerprint(tensors):
     """A short hash of the values of all tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        # Bytes, since numpy has no bf16.
         digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
@@ -390,6 +400,7 @@ def difference(config, other):
 def check_pair(flow, flow_name, decoder, decoder_name):
     """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
     names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
+    # The image sizes may differ: a decoder can have larger patches than the encoder.
     ours = {name: value for name, value in complete(flow).items() if name in names}
     key = difference(ours, decoder)
     if key:
@@ -506,7 +517,9 @@ def random_crop(image, size, rng):
     long = int(1.5 * size * max(image.size) / min(image.size))  # as torchvision's Resize
     width, height = (short, long) if image.width <= image.height else (long, short)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = rng.integers(width - size + 1), rng.integers(height - size + 1)
+    # Every window is as likely, the first and the last place included.
+    left = rng.integers(width - size + 1)
+    top = rng.integers(height - size + 1)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -541,6 +554,7 @@ class ImageData(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
+        # The image itself, or with skip_broken the first after it that can be read.
         for candidate in range(i, i + len(self)):
             candidate %= len(self)
             try:
@@ -552,6 +566,7 @@ class ImageData(Dataset):
                     problem = f"{self.path(candidate)}: not a readable image ({reason(error)})"
                     return f"{problem}; repair it, remove it, or --skip-broken"
                 continue
+            # Of (epoch, i) alone, whatever image came in the place of a broken one.
             image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S,S,3) -> (3,S,S)
             return pixels, int(self.labels[candidate])
@@ -578,6 +593,7 @@ def draw_demo(folder, num=2000, size=32):
     rng = np.random.default_rng(0)
     temporary = f"{folder}.{os.getpid()}.tmp"
     for i in range(num):
+        # Each draw has its turn: the same bytes every time hang on their order.
         shape = ("bar", "circle", "ring", "triangle")[i % 4]
         fill = tuple(rng.integers(90, 256, 3).tolist())
 
@@ -616,12 +632,13 @@ def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1
     An epoch is a new permutation; what does not fill its last batch is left out.
     """
     steps_per_epoch = num // batch_size
-    shuffled = None
+    shuffled = None  # the epoch of the permutation at hand
     for step in range(first_step, last_step):
         epoch, k = divmod(step, steps_per_epoch)
         if epoch != shuffled:
             order = np.random.default_rng((seed, epoch)).permutation(num)
             shuffled = epoch
+        # The ranks take turns, so their shares make the batch of one process.
         batch = order[k * batch_size : (k + 1) * batch_size].tolist()
         yield [(epoch, i) for i in batch[rank::world]]
 
@@ -633,6 +650,7 @@ def even_order(total, num, batch_size, rank=0, world=1):
 
 
 def collate(samples):
+    # A text and no exception: one from a worker would come with the worker's traceback.
     errors = [sample for sample in samples if isinstance(sample, str)]
     return errors[0] if errors else default_collate(samples)
 
@@ -659,6 +677,7 @@ def load_images(data, order, device, workers=0):
     for batch in loader:
         if isinstance(batch, str):
             raise SystemExit(batch)
+        # Bytes travel to the device, a quarter of what floats would take.
         images, labels = batch
         yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
 
@@ -668,6 +687,7 @@ def load_images(data, order, device, workers=0):
 
 def timm_name(name):
     """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
+    # Without a tag any architecture of timm will do, with one its weights must exist.
     full = ALIASES.get(name, name)
     if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
         raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
@@ -681,6 +701,7 @@ def load_vit(name, weights, flag="--encoder"):
         options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
     if weights not in (None, "random"):
         state = read_vit(weights, f"{flag}-weights")
+        # timm then converts and resamples what is in the file, as it does with its own.
         options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints every retry
 
@@ -732,6 +753,7 @@ class Encoder(nn.Module):
         plain = all(hasattr(self.vit, attribute) for attribute in needed)
         if not plain or not isinstance(self.vit.patch_embed, PatchEmbed):
             raise SystemExit(f"--encoder {name}: not a plain ViT, with patches and tokens of one size")
+        # Before positions are resampled, so that it does not depend on the size.
         self.hash = fingerprint(self.vit.state_dict().values())
 
         patch = self.vit.patch_embed.patch_size[0]
@@ -749,10 +771,12 @@ class Encoder(nn.Module):
         if layers and layers[-1] >= len(self.vit.blocks):
             raise SystemExit(f"--layers: {name} has blocks 0 to {len(self.vit.blocks) - 1}, not {layers[-1]}")
 
+        # The last norm without its affine; a ViT without one gets it.
         eps = getattr(self.vit.norm, "eps", 1e-6)
         self.vit.norm = nn.LayerNorm(self.width, eps, elementwise_affine=False)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
+        # Frozen: no dropout, no gradients.
         self.eval().requires_grad_(False)
 
     def resize_positions(self):
@@ -817,6 +841,7 @@ def latent_statistics(latents):
     if dist.is_initialized():
         dist.all_reduce(total)
         dist.all_reduce(number)
+    # float64 has room for the difference of two large numbers.
     mean, square = total / number
     return mean.float(), (square - mean.square()).float()
 
@@ -831,6 +856,7 @@ def load_statistics(path, latent_shape, flag="--stats"):
     moments = []
     for key, default in (("mean", 0.0), ("var", 1.0)):
         value = file.get(key)
+        # Released files have mean None where the encoder's own norm centres the tokens.
         moment = torch.tensor(default) if value is None else value
         if not {"mean", "var"} & file.keys() or not torch.is_tensor(moment):
             raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
@@ -864,7 +890,7 @@ def main(argv=None):
         images = f"{demo}{num} images of {data.about}"
         print(f"{images}; {args.encoder}; {world} x {device.type}, fp32", file=sys.stderr)
 
-    # One pass over the images and their mirrors
+    # One pass over the images and their mirrors, shared by the ranks
     order = even_order(len(data), num, max(1, args.batch_size // world), rank, world)
     views = encode_views(encoder, data, order, args.workers)
     progress = tqdm(views, total=len(order), desc="latent statistics", disable=rank > 0)

@@ -302,7 +302,8 @@ def guidance_scales(args, model, demo):
     scale = args.cfg if args.cfg is not None else (2.0 if demo else 1.0)
     internal = args.internal_guidance
     if internal is True:
-        internal, scale = scale, 1.0
+        internal = scale
+        scale = 1.0
     if internal is not None and model.base_depth is None:
         raise SystemExit(
             f"--internal-guidance: {args.flow} has no base; flow_train.py --base-depth makes one"
