@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import load_file
+from torch.hub import load_state_dict_from_url
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
@@ -331,7 +332,7 @@ def load_inception(protocol, weights):
     if weights == "hub":
         # It names what it fetches on stdout, where --json has its line.
         with contextlib.redirect_stdout(sys.stderr):
-            state = torch.hub.load_state_dict_from_url(HUB_URL, check_hash=True, weights_only=True)
+            state = load_state_dict_from_url(HUB_URL, map_location="cpu", check_hash=True, weights_only=True)
         digest = HUB_URL[-12:-4]
     else:
         state = read_weights(weights)
@@ -591,16 +592,17 @@ def open_set(path, flag, width, made_by, crop=None, num=None, spread=False):
     return images, statistics
 
 
-def choose_metrics(asked, counts, inception):
+def choose_metrics(asked, sets, inception):
     """-> the metrics asked for, or all that the sets allow. Raises SystemExit where a metric lacks something.
 
-    counts: of the features known or computable, of the samples and of a reference if there is one.
-    inception: whether they are Inception's; other networks have no classes.
+    sets: Images and Statistics of the samples and of a reference, if there is one.
+    inception: whether the features are Inception's; other networks have no classes.
     """
-    possible = ["fid"] if len(counts) == 2 else []
-    if counts[0] and inception:
+    by_image = [len(images or known.features) > 0 for images, known in sets]
+    possible = ["fid"] if len(sets) == 2 else []
+    if by_image[0] and inception:
         possible.append("is")
-    if len(counts) == 2 and min(counts):
+    if by_image == [True, True]:
         possible += ["prec", "rec"]
     if not set(possible).issuperset(asked or possible):
         needs = "fid needs --ref; is needs images and Inception; prec and rec need images of both"
@@ -641,9 +643,9 @@ def extract(images, network, batch_size, workers, device):
     return features
 
 
-def measure(images, known, *options):
-    """-> Statistics of Images, which may be known from their file, but for the features."""
-    if known and (len(known.features) or images is None):
+def measure(images, known, by_image, *options):
+    """-> Statistics of Images, known or not from their file. by_image: with features, FID or not."""
+    if known and (len(known.features) or not by_image or images is None):
         return known
     features = extract(images, *options)
     # The mu and sigma of ADM's reference batches are of more images than they hold.
@@ -687,20 +689,22 @@ def main(argv=None):
     sets = [open_set(args.samples, "the set", network.width, made_by, own_crop, args.num)]
     if args.ref:
         sets.append(open_set(args.ref, "--ref", network.width, made_by, args.crop, args.ref_num, spread=True))
-    counts = [len(images or known.features) for images, known in sets]
-    metrics = choose_metrics(args.metrics, counts, inception=not args.features)
+    metrics = choose_metrics(args.metrics, sets, inception=not args.features)
 
-    # The first line, with what to keep in mind
-    about = {"samples": args.samples, "num": counts[0], "ref": args.ref, "ref_num": counts[-1], "by": made_by}
-    notes = [f"{images.path} {images.left_out}" for images, _ in sets if images and images.left_out]
-    if min(counts) < 2048:
+    # The first line, with what to keep in mind; not known is how many images ADM's mu and sigma are of.
+    counts = [len(known.features if known else images) or None for images, known in sets]
+    ref_num = counts[1] if args.ref else None
+    about = {"samples": args.samples, "num": counts[0], "ref": args.ref, "ref_num": ref_num, "by": made_by}
+    notes = [f"{key} {value}" for key, value in about.items()] + [f"fp32 on {args.device}"]
+    notes += [f"{images.path} {images.left_out}" for images, _ in sets if images and images.left_out]
+    if any(count and count < 2048 for count in counts):
         notes.append("FID of fewer than 2048 images is biased")
     if weights == "random":
-        notes.append("an untrained network: its numbers compare with nothing")
-    print(about, f"fp32 on {args.device}", *notes, sep="; ", file=sys.stderr)
+        notes.append("an untrained network, as the demo's: its numbers compare with nothing")
+    print("; ".join(notes), file=sys.stderr)
 
     # Features, and what follows from them
-    options = (network, args.batch_size, args.workers, args.device)
+    options = (metrics != ["fid"], network, args.batch_size, args.workers, args.device)
     measured = [measure(images, known, *options) for images, known in sets]
     results = evaluate(metrics, network, *measured)
     if args.save_stats:

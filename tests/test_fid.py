@@ -451,6 +451,11 @@ def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz", "--metrics", "rec")
     assert not {"fid", "prec"} & found.keys() and found["rec"] == expected["rec"]
     np.savez(tmp_path / "adm.npz", array, mu=stats["mu"] + 1, sigma=stats["sigma"])
+    np.savez(tmp_path / "moments.npz", mu=stats["mu"] + 1, sigma=stats["sigma"])
+    for name, allowed in {"adm": {"fid", "prec", "rec"}, "moments": {"fid"}}.items():
+        found = run_timm(capsys, place, place / "b", "--ref", tmp_path / f"{name}.npz")
+        assert allowed == {"fid", "prec", "rec"} & found.keys()
+        assert (found["num"], found["ref_num"]) == (10, None)  # of how many images mu is, is not known
     found = run_timm(capsys, place, place / "b", "--ref", tmp_path / "adm.npz")
     assert found["fid"] == pytest.approx(len(stats["mu"]), rel=1e-5)
     assert (found["prec"], found["rec"]) == (1, 1)
