@@ -1,7 +1,7 @@
 """Evaluation: FID, Inception Score, precision and recall of a set of images (paper, section 5).
 
     python fid.py samples                                         # built-in demo: CPU, a minute, no download
-    python fid.py samples --ref VIRTUAL_imagenet256_labeled.npz   # gFID by the ADM protocol, as in the paper
+    python fid.py samples --ref imagenet256                       # gFID by the ADM protocol, as in the paper
     python fid.py reconstructions --ref imagenet/val --crop 256   # rFID
     python fid.py imagenet/train --crop 256 --save-stats ref.npz  # a reference, computed once
 
@@ -32,7 +32,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import load_file
-from torch.hub import load_state_dict_from_url
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
@@ -41,6 +40,11 @@ from tqdm import tqdm
 
 # What belongs to the demo is used for the demo alone; fid.py trains nothing, so no other preset differs.
 DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 400, "ref_num": 400}
+# ADM's reference batches: mu and sigma of ImageNet, and 10,000 of its images (Dhariwal & Nichol 2021)
+REFERENCES = {
+    "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+    "imagenet512": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz",
+}
 # Its name ends in the first digits of its SHA-256.
 HUB_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -70,7 +74,7 @@ def parse_args(argv=None):
 
     # The sets
     add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
-    add("--ref", help="the set that FID, precision and recall compare with; demo: data/demo")
+    add("--ref", help="the set to compare with; imagenet256, imagenet512: ADM's batches, fetched once")
     add("--crop", type=count, help="centre-crop the reference to this size; without --ref, the samples")
     add("--num", type=count, help="take the first so many samples; default: all; demo: 400")
     add("--ref-num", type=count, help="take so many of the reference, evenly spread; default: all; demo: 400")
@@ -132,8 +136,8 @@ def bounded(convert, fits, expected):
 
 count = bounded(int, lambda value: value >= 1, "a whole number from 1")
 whole = bounded(int, lambda value: value >= 0, "a whole number from 0")
-names = {"fid", "is", "prec", "rec"}
-metrics = bounded(lambda text: text.lower().split(","), names.issuperset, "some of fid,is,prec,rec")
+METRICS = {"fid", "is", "prec", "rec"}
+metrics = bounded(lambda text: text.lower().split(","), METRICS.issuperset, "some of fid,is,prec,rec")
 
 
 def writable(path):
@@ -317,6 +321,42 @@ class TimmFeatures(nn.Module):
         return self.model(normalize(x, config["mean"], config["std"]))  # (B,3,224,224) -> (B,D)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A temporary name for what becomes `path` at the end: nobody ever reads half a file."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def check_reference(path):
+    """Raises ValueError, or what zipfile meets, where a reference batch is cut or is something else."""
+    with zipfile.ZipFile(path) as archive:
+        if not {"mu.npy", "sigma.npy", "arr_0.npy"}.issubset(archive.namelist()) or archive.testzip():
+            raise ValueError("not a whole .npz of mu, sigma and arr_0")
+
+
+def fetch(url, flag, hash_prefix=None):
+    """-> the path of a copy in torch.hub's folder, fetched once. Raises SystemExit where it can't be had."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if os.path.exists(path):
+        return path
+    # Named before it starts: without a network it may take long to fail.
+    print(f"fetching {url}", file=sys.stderr)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with whole_file(path) as temporary:
+            torch.hub.download_url_to_file(url, temporary, hash_prefix)
+            if path.endswith(".npz"):  # torch.hub does not notice that a file is cut
+                check_reference(temporary)
+    except Exception as error:  # of the network, the disk, the file
+        raise SystemExit(f"{flag}: {url}: {error!r:.200}; {flag} FILE takes a local copy") from None
+    return path
+
+
 def read_weights(path):
     """-> the state dict in a .safetensors or .pt file, read without running code."""
     if path.endswith(".safetensors"):
@@ -327,17 +367,11 @@ def read_weights(path):
 def load_inception(protocol, weights):
     """-> Inception of `hub`, `random` or a file, and what its features rest on."""
     network = Inception(protocol)
-    if weights == "random":
-        return network.fold(), f"{protocol} inception random"
-    if weights == "hub":
-        # It names what it fetches on stdout, where --json has its line.
-        with contextlib.redirect_stdout(sys.stderr):
-            state = load_state_dict_from_url(HUB_URL, map_location="cpu", check_hash=True, weights_only=True)
-        digest = HUB_URL[-12:-4]
-    else:
-        state = read_weights(weights)
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
-    network.load_state_dict(dict(state))  # which may lack num_batches_tracked
+    digest = "random"
+    if weights != "random":
+        path = fetch(HUB_URL, "--inception-weights", HUB_URL[-12:-4]) if weights == "hub" else weights
+        network.load_state_dict(read_weights(path))  # a plain dict may lack num_batches_tracked
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     return network.fold(), f"{protocol} inception {digest}"
 
 
@@ -654,15 +688,11 @@ def measure(images, known, by_image, *options):
 
 def save_statistics(path, statistics, made_by):
     """Writes an .npz that open_set reads. Raises SystemExit where it can't be written, as to a full disk."""
-    # Under another name first: a reader never sees half a file.
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         # An open file: np.savez would add .npz to a name.
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, made_by=made_by, **statistics._asdict())
-        os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise SystemExit(f"--save-stats {path}: {error.strerror}") from None
 
 
@@ -688,7 +718,8 @@ def main(argv=None):
     own_crop = None if args.ref else args.crop
     sets = [open_set(args.samples, "the set", network.width, made_by, own_crop, args.num)]
     if args.ref:
-        sets.append(open_set(args.ref, "--ref", network.width, made_by, args.crop, args.ref_num, spread=True))
+        ref = fetch(REFERENCES[args.ref], "--ref") if args.ref in REFERENCES else args.ref
+        sets.append(open_set(ref, "--ref", network.width, made_by, args.crop, args.ref_num, spread=True))
     metrics = choose_metrics(args.metrics, sets, inception=not args.features)
 
     # The first line, with what to keep in mind; not known is how many images ADM's mu and sigma are of.

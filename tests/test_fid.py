@@ -8,9 +8,11 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 import zipfile
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -707,6 +709,97 @@ def test_download_checks_the_hash(place, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "HUB_URL", released.as_uri())
     fetched, copied = (fid.load_network(None, "adm", weights)[1] for weights in ("hub", str(released)))
     assert fetched == copied == f"adm inception {digest(released)}"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """An HTTP server of files {path: (bytes that arrive, length that is promised)}; it counts the requests.
+
+    Returns files, requests, its address; torch.hub's folder is a new one.
+    """
+    files = {}
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            if self.path not in files:
+                return self.send_error(404)
+            content, length = files[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield files, requests, f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+def npz_bytes(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def test_reference_batches_are_fetched_once(place, capsys, monkeypatch, server, tmp_path):
+    files, requests, address = server
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "imagenet256/0.png")  # the name means the reference batch all the same
+    monkeypatch.setattr(fid, "REFERENCES", {"imagenet256": f"{address}/256/batch.npz"})
+    array = np.stack([np.asarray(Image.open(path)) for path in sorted((place / "b").rglob("*.png"))])
+    content = npz_bytes(arr_0=array, mu=np.zeros(64), sigma=np.eye(64))
+    files["/256/batch.npz"] = (content, len(content))
+    (tmp_path / "copy.npz").write_bytes(content)
+    expected = run_timm(capsys, place, place / "a", "--ref", tmp_path / "copy.npz")
+    first = run_timm(capsys, place, place / "a", "--ref", "imagenet256")
+    assert first == expected | {"ref": "imagenet256"} and requests == ["/256/batch.npz"]
+    folder = tmp_path / "hub/hub/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["batch.npz"]
+    assert (folder / "batch.npz").read_bytes() == content
+    assert run_timm(capsys, place, place / "a", "--ref", "imagenet256") == first
+    assert requests == ["/256/batch.npz"]  # no second one
+
+
+def test_a_reference_batch_that_cannot_be_fetched(capsys, server, tmp_path):
+    files, _, address = server
+    whole = npz_bytes(arr_0=np.zeros((4, 64, 64, 3), np.uint8), mu=np.zeros(64), sigma=np.eye(64))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 4] ^= 1
+    lacking = npz_bytes(arr_0=np.zeros((4, 64, 64, 3), np.uint8), mu=np.zeros(64))
+    for name, content, length in (
+        ("cut", whole[: len(whole) // 2], len(whole)),
+        ("tail", whole[:-30], len(whole)),
+        ("damaged", bytes(damaged), len(whole)),
+        ("lacking", lacking, len(lacking)),
+        ("page", b"<html>", 6),
+    ):
+        files[f"/{name}.npz"] = (content, length)
+    free = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # a port where nothing listens
+    free.server_close()
+    for url, reason in {
+        f"{address}/cut.npz": "BadZipFile.*File is not a zip file",
+        f"{address}/tail.npz": "BadZipFile.*File is not a zip file",
+        f"{address}/damaged.npz": "not a whole .npz of mu, sigma and arr_0",
+        f"{address}/lacking.npz": "not a whole .npz of mu, sigma and arr_0",
+        f"{address}/page.npz": "BadZipFile.*File is not a zip file",
+        f"{address}/none.npz": "404: 'Not Found'",
+        f"http://127.0.0.1:{free.server_port}/x.npz": "Connection refused",
+    }.items():
+        with pytest.raises(
+            SystemExit, match=f"^--ref: {url}: .*{reason}.*; --ref FILE takes a local"
+        ) as stop:
+            fid.fetch(url, "--ref")
+        assert "\n" not in str(stop.value)
+        assert capsys.readouterr().err.startswith(f"fetching {url}\n")  # before anything else
+    assert not list((tmp_path / "hub/hub/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
