@@ -6,6 +6,7 @@
     python fid.py imagenet/train --crop 256 --save-stats ref.npz  # a reference, computed once
 
 A set is a folder of images, an .npz of images (arr_0, uint8 (N,H,W,3)) or an .npz of statistics (mu, sigma).
+--ref imagenet256 and imagenet512 mean ADM's reference batches, even where a file or folder is named so.
 A protocol leads from image to network input: adm (OpenAI's TensorFlow evaluator, the paper's), pytorch-fid or
 clean (clean-fid). Numbers of other protocols, networks or counts do not compare.
 
@@ -590,8 +591,7 @@ def read_statistics(path, width, made_by):
         # Who made ADM's reference batches is not written in them; their width tells.
         by = str(arrays.get("made_by", made_by))
     if by != made_by or mu.shape != (width,) or sigma.shape != (width, width):
-        theirs = f"mu {mu.shape}, sigma {sigma.shape} by {by}"
-        raise ValueError(f"{theirs} do not compare with {width} features by {made_by}")
+        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape} by {by}; not of {width} features by {made_by}")
     if not np.isfinite(mu.sum() + sigma.sum()):
         raise ValueError("mu, sigma are not finite")
     return Statistics(mu, sigma, features.float())
@@ -667,11 +667,12 @@ def extract(images, network, batch_size, workers, device):
     network.to(device)
     features = torch.empty(len(images), network.width)
     # `with` closes the bar before an error's line is printed.
-    with tqdm(batches, images.path, unit="image", unit_scale=batch_size) as bar:
-        for rows, batch in zip(features.split(batch_size), bar, strict=True):
+    with tqdm(total=len(images), desc=images.path, unit="image") as bar:
+        for rows, batch in zip(features.split(batch_size), batches, strict=True):
             if isinstance(batch, str):
                 raise SystemExit(batch)
             rows.copy_(network(batch.to(device)))  # (B,D)
+            bar.update(len(batch))
     if not features.isfinite().all():
         raise SystemExit(f"{images.path}: its features are not finite; are the weights the network's?")
     return features
@@ -697,7 +698,7 @@ def save_statistics(path, statistics, made_by):
 
 
 def evaluate(metrics, network, samples, reference=None):
-    """-> {metric: number} of the Statistics of samples and reference."""
+    """-> {metric: number} of the Statistics of samples and reference; prec and rec come together."""
     results = {}
     if "fid" in metrics:
         results["fid"] = frechet_distance(*samples[:2], *reference[:2])  # of mu, sigma
@@ -705,7 +706,7 @@ def evaluate(metrics, network, samples, reference=None):
         results["is"] = inception_score(samples.features, network.fc.weight.cpu())
     if "prec" in metrics or "rec" in metrics:
         results["prec"], results["rec"] = precision_recall(samples.features, reference.features)
-    return {metric: results[metric] for metric in metrics}
+    return results
 
 
 def main(argv=None):
