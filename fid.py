@@ -1,11 +1,12 @@
 """Evaluation: FID, Inception Score, precision and recall of a set of images (paper, section 5).
 
     python fid.py samples                                         # built-in demo: CPU, a minute, no download
-    python fid.py samples --ref VIRTUAL_imagenet256_labeled.npz   # gFID by the ADM protocol, as in the paper
+    python fid.py samples --ref imagenet256                       # gFID by the ADM protocol, as in the paper
     python fid.py reconstructions --ref imagenet/val --crop 256   # rFID
     python fid.py imagenet/train --crop 256 --save-stats ref.npz  # a reference, computed once
 
 A set is a folder of images, an .npz of images (arr_0, uint8 (N,H,W,3)) or an .npz of statistics (mu, sigma).
+--ref imagenet256 and imagenet512 mean ADM's reference batches, even where a file or folder is named so.
 A protocol leads from image to network input: adm (OpenAI's TensorFlow evaluator, the paper's), pytorch-fid or
 clean (clean-fid). Numbers of other protocols, networks or counts do not compare.
 
@@ -13,17 +14,15 @@ Letters in shapes: B batch, N and M images, D width of the features.
 """
 
 import argparse
-import ctypes
+import contextlib
 import difflib
 import hashlib
 import json
 import os
-import pickle
 import re
 import signal
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,17 +34,21 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Its name ends in the first digits of its SHA-256.
-HUB_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 # What belongs to the demo is used for the demo alone; fid.py trains nothing, so no other preset differs.
 DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 400, "ref_num": 400}
-
+# ADM's reference batches: mu and sigma of ImageNet, and 10,000 of its images (Dhariwal & Nichol 2021)
+REFERENCES = {
+    "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+    "imagenet512": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz",
+}
+# Its name ends in the first digits of its SHA-256.
+HUB_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -61,45 +64,89 @@ UPRIGHT = {  # by EXIF's orientation
 }
 
 
+def parse_args(argv=None):
+    """The flags. Raises SystemExit, in one line, for flags and values that can't be meant."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    presets = ["demo", "small", "imagenet256", "imagenet512"]
+    protocols = ["adm", "pytorch-fid", "clean"]
+    add("--preset", choices=presets, help="demo: data/demo, random weights; the default for its samples")
+
+    # The sets
+    add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
+    add("--ref", help="the set to compare with; imagenet256, imagenet512: ADM's batches, fetched once")
+    add("--crop", type=count, help="centre-crop the reference to this size; without --ref, the samples")
+    add("--num", type=count, help="take the first so many samples; default: all; demo: 400")
+    add("--ref-num", type=count, help="take so many of the reference, evenly spread; default: all; demo: 400")
+
+    # What is computed of them
+    add("--metrics", type=metrics, help="some of fid,is,prec,rec; default: all that the sets allow")
+    add("--protocol", choices=protocols, default="adm", help="from image to Inception's input (%(default)s)")
+    add("--inception-weights", default="hub", help="FILE, hub or, for tests, random (%(default)s)")
+    add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2")
+    add("--features-weights", default="hub", help="FILE with timm's keys, or hub (%(default)s)")
+
+    # What changes no result
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = min(8, os.cpu_count())
+    add("--batch-size", type=count, default=32, help="images a step; does not change results (%(default)s)")
+    add("--workers", type=whole, default=workers, help="processes that decode images (%(default)s)")
+    add("--device", type=device, default=cuda, help="cuda, cpu, mps, xpu (%(default)s)")
+    npz = bounded(str, writable, "an .npz in a folder that can be written into")
+    add("--save-stats", type=npz, help="write the samples' mu, sigma, features: a later --ref")
+    add("--json", action="store_true", help="one JSON line: numbers, sets, counts, what made the features")
+
+    args = parser.parse_args(argv)
+    named = args.preset or args.ref or args.save_stats
+    if args.preset == "demo" or (not named and made_by_demo(args.samples)):
+        parser.set_defaults(**DEMO)  # a flag that is given wins
+        args = parser.parse_args(argv)
+
+    if args.features_weights != "hub" and not args.features:
+        parser.error("--features-weights needs --features NAME, the model that they are of")
+    if not (args.ref or args.metrics or args.save_stats):
+        parser.error("--ref is missing: name a folder or an .npz to compare with, or --metrics is")
+    return args
+
+
 class Parser(argparse.ArgumentParser):
-    """Ends in one line, without the usage that argparse puts before it."""
+    """argparse, but a mistake ends in one line, which names the nearest flag."""
 
     def error(self, message):
-        raise SystemExit(f"{message}; see --help")
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1)
+            message += f" (perhaps {near[0]}?)" if near else ""
+        raise SystemExit(f"{self.prog}: {message}; --help lists the flags")
 
 
-def count(text):
-    """Flag type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
-    return int(text)
+def bounded(convert, fits, expected):
+    """An argparse type: convert(text) where that fits, else an error that says what was expected."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+
+    return parse
 
 
-def whole(text):
-    """Flag type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0")
-    return int(text)
+count = bounded(int, lambda value: value >= 1, "a whole number from 1")
+whole = bounded(int, lambda value: value >= 0, "a whole number from 0")
+METRICS = {"fid", "is", "prec", "rec"}
+metrics = bounded(lambda text: text.lower().split(","), METRICS.issuperset, "some of fid,is,prec,rec")
 
 
-def metric_list(text):
-    """Flag type: names of metrics, in any case."""
-    metrics = text.lower().split(",")
-    if not {"fid", "is", "prec", "rec"}.issuperset(metrics):
-        raise argparse.ArgumentTypeError(f"{text}: expected some of fid,is,prec,rec")
-    return metrics
-
-
-def npz_path(text):
-    """Flag type: an .npz that can be written, which is asked before the work."""
-    folder = os.path.dirname(text) or "."
-    if not text.endswith(".npz") or os.path.isdir(text) or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: expected an .npz in a folder that can be written into")
-    return text
+def writable(path):
+    return path.endswith(".npz") and os.access(os.path.dirname(path) or ".", os.W_OK)
 
 
 def device(text):
-    """Flag type: a device that is here."""
+    """Flag type: a device of this machine."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError):  # the latter of a torch built without CUDA
@@ -109,66 +156,9 @@ def device(text):
 def made_by_demo(folder):
     """Whether sample.py wrote that the folder's images are of the demo's decoder."""
     try:
-        settings = json.loads(Path(folder, "settings.json").read_bytes())
-    except (OSError, ValueError):  # no folder of sample.py's
+        return json.loads(Path(folder, "settings.json").read_bytes())["demo"] is True
+    except (OSError, ValueError, LookupError, TypeError):  # no folder of sample.py's
         return False
-    return isinstance(settings, dict) and settings.get("demo") is True
-
-
-def parse_args(argv=None):
-    """The flags. Raises SystemExit, in one line, for flags and values that can't be meant."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    presets = ["demo", "small", "imagenet256", "imagenet512"]
-    protocols = ["adm", "pytorch-fid", "clean"]
-    workers = min(8, os.cpu_count() or 1)
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-
-    # The sets
-    add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
-    add(
-        "--preset", choices=presets, help="demo: random weights, data/demo (where the samples are the demo's)"
-    )
-    add("--ref", help="the set that FID, precision and recall compare with (none; demo: data/demo)")
-    add("--crop", type=count, help="centre-crop the reference to this size; without --ref, the samples (off)")
-    add("--num", type=count, help="take the first so many samples (all; demo: 400)")
-    add("--ref-num", type=count, help="take so many reference images, evenly spread (all; demo: 400)")
-
-    # What is computed of them
-    add("--metrics", type=metric_list, help="some of fid,is,prec,rec (all that the sets allow)")
-    add("--protocol", choices=protocols, default="adm", help="from image to Inception's input (%(default)s)")
-    add("--save-stats", type=npz_path, help="write the samples' mu, sigma, features: a later --ref (off)")
-    add("--inception-weights", help="a file; or hub, fetched once; or random, for tests (hub; demo: random)")
-    add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2 (off)")
-    add("--features-weights", default="hub", help="a file with timm's keys, or hub (%(default)s)")
-
-    # What changes no result
-    add("--batch-size", type=count, default=32, help="images a step; does not change results (%(default)s)")
-    add("--workers", type=whole, default=workers, help="processes that decode images (%(default)s)")
-    add("--device", type=device, default=cuda, help="cuda, cpu, mps, xpu (%(default)s)")
-    add(
-        "--json",
-        action="store_true",
-        help="print one JSON line: numbers, sets, counts, what the features are by (off)",
-    )
-
-    # argparse would not say which flag was meant.
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        nearest = difflib.get_close_matches(unknown[0], flags, 1)
-        advice = f"did you mean {nearest[0]}?" if nearest else "see --help"
-        raise SystemExit(f"argument {unknown[0]}: no such flag; {advice}")
-    if args.features_weights != "hub" and not args.features:
-        raise SystemExit("argument --features-weights: needs --features NAME, the model that they are of")
-
-    # A flag that is given wins over the demo's value.
-    unspecific = args.preset is None and args.ref is None and args.save_stats is None
-    demo = args.preset == "demo" or (unspecific and made_by_demo(args.samples))
-    defaults = DEMO if demo else {"inception_weights": "hub"}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**vars(args) | defaults | given)
 
 
 def moments(features):
@@ -238,12 +228,12 @@ def inception_input(images, protocol):
         x = F.interpolate(x.double(), (299, 299), mode="bicubic", align_corners=False, antialias=True)
         x = x.clamp(0, 255).float()
     else:  # adm, TensorFlow 1's bilinear: source = index * in/out, without half-pixel centres
-        for axis in (3, 2):
-            source = torch.arange(299.0, device=x.device) * (x.shape[axis] / 299)
-            low = source.long()
-            left, right = (x.index_select(axis, i.clamp(max=x.shape[axis] - 1)) for i in (low, low + 1))
-            fraction = (source - low).view(-1, *[1] * (3 - axis))
-            x = left + (right - left) * fraction  # (B,3,H,299), then (B,3,299,299)
+        weights = []
+        for size in x.shape[2:]:
+            source = torch.arange(299.0) * (size / 299)
+            offset = source.clamp(max=size - 1).view(299, 1) - torch.arange(size)
+            weights.append((1 - offset.abs()).clamp(min=0).to(x.device))  # (299,H), then (299,W)
+        x = weights[0] @ x @ weights[1].T  # (B,3,299,299)
     return (x - 128) / 128
 
 
@@ -312,10 +302,7 @@ class TimmFeatures(nn.Module):
         import timm  # a second that Inception does not wait for
 
         name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
-        if not timm.is_model(name):
-            raise SystemExit(f"--features {name}: no model that timm knows")
-        overlay = None if state is None else {"state_dict": state}
-        self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         self.model.reset_classifier(0)  # not earlier: without its classifier timm takes any file
 
         native = getattr(self.model, "pos_embed", None)
@@ -331,46 +318,71 @@ class TimmFeatures(nn.Module):
     def forward(self, images):
         x = F.interpolate(images.float(), (224, 224), mode="bicubic", align_corners=False, antialias=True)
         x = x.clamp(0, 255).round() / 255  # rounded, as Pillow's images are
-        mean, std = (x.new_tensor(self.model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return self.model((x - mean) / std)  # (B,3,224,224) -> (B,D)
+        config = self.model.pretrained_cfg
+        return self.model(normalize(x, config["mean"], config["std"]))  # (B,3,224,224) -> (B,D)
 
 
-def fetch_inception():
-    """-> the path of pytorch-fid's weights, fetched once to torch.hub's folder, their hash checked."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(HUB_URL))
-    if not os.path.exists(path):
-        # Named before it starts: without a network it may take long to fail.
-        print(f"fetching {HUB_URL}", file=sys.stderr)
+@contextlib.contextmanager
+def whole_file(path):
+    """A temporary name for what becomes `path` at the end: nobody ever reads half a file."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def check_reference(path):
+    """Raises ValueError, or what zipfile meets, where a reference batch is cut or is something else."""
+    with zipfile.ZipFile(path) as archive:
+        if not {"mu.npy", "sigma.npy", "arr_0.npy"}.issubset(archive.namelist()) or archive.testzip():
+            raise ValueError("not a whole .npz of mu, sigma and arr_0")
+
+
+def fetch(url, flag, hash_prefix=None):
+    """-> the path of a copy in torch.hub's folder, fetched once. Raises SystemExit where it can't be had."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if os.path.exists(path):
+        return path
+    # Named before it starts: without a network it may take long to fail.
+    print(f"fetching {url}", file=sys.stderr)
+    try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(HUB_URL, path, hash_prefix=HUB_URL[-12:-4])
+        with whole_file(path) as temporary:
+            torch.hub.download_url_to_file(url, temporary, hash_prefix)
+            if path.endswith(".npz"):  # torch.hub does not notice that a file is cut
+                check_reference(temporary)
+    except Exception as error:  # of the network, the disk, the file
+        raise SystemExit(f"{flag}: {url}: {error!r:.200}; {flag} FILE takes a local copy") from None
     return path
 
 
 def read_weights(path):
-    """-> the state dict in a .safetensors or .pt file, read without running code; digits of its SHA-256."""
-    state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    return dict(state), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    """-> the state dict in a .safetensors or .pt file, read without running code."""
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def load_inception(protocol, weights):
     """-> Inception of `hub`, `random` or a file, and what its features rest on."""
     network = Inception(protocol)
-    digest = weights
+    digest = "random"
     if weights != "random":
-        path = fetch_inception() if weights == "hub" else weights
-        state, digest = read_weights(path)
-        network.load_state_dict(state)  # a plain dict may lack num_batches_tracked
+        path = fetch(HUB_URL, "--inception-weights", HUB_URL[-12:-4]) if weights == "hub" else weights
+        network.load_state_dict(read_weights(path))  # a plain dict may lack num_batches_tracked
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     return network.fold(), f"{protocol} inception {digest}"
 
 
 def load_timm(name, weights):
     """-> TimmFeatures of `hub` or a file, and what they rest on."""
-    state = None if weights == "hub" else read_weights(weights)[0]
-    network = TimmFeatures(name, state)
+    network = TimmFeatures(name, None if weights == "hub" else read_weights(weights))
     # Of the weights, not of a file: a local copy of the hub's is the same network.
     digest = hashlib.sha256()
     for value in network.state_dict().values():
-        digest.update(value.numpy().tobytes())
+        digest.update(value.numpy())
     return network, f"224px {name} {digest.hexdigest()[:8]}"
 
 
@@ -380,17 +392,12 @@ def load_network(features, protocol, weights):
     features: the name of a timm model, or None for Inception. weights: `hub`, a file, for Inception `random`.
     Raises SystemExit where they can't be had.
     """
-    flag = "--features-weights" if features else "--inception-weights"
-    wanted = f"weights of timm's {features}" if features else f"a copy of {HUB_URL}"
+    flag = f"--features {features} --features-weights" if features else "--inception-weights"
     try:
         return load_timm(features, weights) if features else load_inception(protocol, weights)
-    except FileNotFoundError:
-        reason = "no such file"
-    except pickle.UnpicklingError:  # its own text advises to run the code in the file
-        reason = "not a file of weights alone"
     except Exception as error:  # the hub, torch, safetensors and timm raise many kinds
-        reason = repr(error)[:200]
-    raise SystemExit(f"{flag} {weights}: {reason}; FILE is {wanted}")
+        # Cut before torch's advice to run the code in a file.
+        raise SystemExit(f"{flag} {weights}: {error!r:.150}; FILE is timm's weights or {HUB_URL}") from None
 
 
 def natural_order(names):
@@ -420,18 +427,17 @@ def list_images(root, flag):
 
     classes = []
     names = []  # an array a class: a million strings would take 100 MB
-    left_out = Counter()
+    left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in listed:  # a link to itself or a parent, too
+        if (status.st_dev, status.st_ino) in listed:
             left_out["folders listed before"] += 1
-            subfolders.clear()
+            subfolders.clear()  # a link to itself or a parent ends here
             continue
-        listed.add(identity)
+        listed.add((status.st_dev, status.st_ino))
 
-        # os.walk goes on with what is left in its list, in that order.
+        # os.walk goes on with what is left in this list, in its order.
         subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
         files = [name for name in files if name[0] != "."]
         images = [name for name in files if name.lower().endswith(EXTENSIONS)]
@@ -440,13 +446,12 @@ def list_images(root, flag):
             left_out["folders without images"] += not subfolders
             continue
 
-        # What is below a folder follows it at once: comparing neighbours finds all mixtures.
+        # A folder is followed by what is below it: comparing with the class before finds all mixtures.
         relative = folder[len(os.path.join(root, "")) :]
         if classes and relative.startswith(os.path.join(classes[-1], "")):
-            image = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
-            raise SystemExit(
-                f"{flag} {root}: image {image} lies beside class folder {folder}; move one of them"
-            )
+            beside = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
+            mixture = f"{beside} lies beside the class folder {folder}"
+            raise SystemExit(f"{flag} {root}: {mixture}; move it into a folder of its own, or away")
         classes.append(relative)
         names.append(np.array([os.fsencode(name) for name in natural_order(images)]))
 
@@ -495,74 +500,50 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class FolderImages:
-    """The images of a folder, by number in the order of list_images."""
-
-    def __init__(self, root, flag):
-        self.root = root
-        self.classes, self.names, self.labels, self.left_out = list_images(root, flag)
-
-    def __len__(self):
-        return len(self.names)
-
-    def name(self, index):
-        folder = self.classes[self.labels[index]]
-        return os.path.join(self.root, folder, os.fsdecode(self.names[index]))
-
-    def read(self, index):
-        with Image.open(self.name(index)) as image:
-            return to_rgb(image)
-
-
-class NpzImages:
+def map_npz(path):
     """arr_0 of an .npz, uint8 (N,H,W,3), mapped where it lies in the file: its 10 GB need no memory.
 
     Raises ValueError where arr_0 is anything else, and whatever zipfile and numpy meet in a damaged file.
     """
-
-    left_out = ""
-
-    def __init__(self, path):
-        self.path = path
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo("arr_0.npy")
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        entry = archive.getinfo("arr_0.npy")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("arr_0 is compressed, write it with np.savez")
 
         # Between the entry's place and the array there is a header of zip, of some 50 bytes.
-        with open(path, "rb") as file:
-            file.seek(entry.header_offset)
-            zip_header = file.read(512).find(b"\x93NUMPY")
-            file.seek(entry.header_offset + zip_header)
-            np.lib.format.read_magic(file)
-            self.shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()  # bytes
-        if dtype != np.uint8 or transposed or self.shape[3:] != (3,) or min(self.shape) < 1:
-            raise ValueError(f"arr_0 is {dtype} {self.shape}, not uint8 (N,H,W,3)")
-        self.read(0)  # raises where the file is too short
-
-    def __len__(self):
-        return self.shape[0]
-
-    def name(self, index):
-        return f"{self.path} image {index}"
-
-    def read(self, index):
-        # Mapped anew each time, in 30 us: a kept map would be copied whole into workers that are not forked.
-        images = np.memmap(self.path, np.uint8, "r", self.start, self.shape)
-        return Image.fromarray(images[index])
+        file.seek(entry.header_offset)
+        zip_header = file.read(512).find(b"\x93NUMPY")
+        file.seek(entry.header_offset + zip_header)
+        np.lib.format.read_magic(file)
+        shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()  # bytes
+    if dtype != np.uint8 or transposed or shape[3:] != (3,) or min(shape) < 1:
+        raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N,H,W,3)")
+    return np.memmap(path, np.uint8, "r", start, shape)
 
 
 class Images(Dataset):
-    """What the network takes: images[i] is uint8 (3,H,W), or a line of text that says what is wrong with it.
+    """Of a folder or an .npz: images[i] is uint8 (3,H,W), or a line of text that says what is wrong with it.
 
-    source: FolderImages or NpzImages. crop: see center_crop, or None.
-    Raises SystemExit where the first image can't be read.
+    crop: see center_crop, or None. num: take so many, the first or, with spread, evenly over their order.
+    Raises SystemExit where a folder can't be listed or the first image can't be read, and as map_npz.
     """
 
-    def __init__(self, source, crop=None):
-        self.source = source
+    def __init__(self, path, flag, crop=None, num=None, spread=False):
+        self.path = path
         self.crop = crop
+        self.left_out = ""
+        if path.endswith(".npz"):
+            items = range(len(map_npz(path)))
+        else:
+            classes, names, labels, self.left_out = list_images(path, flag)
+            folders = [os.path.join(path, classes[label]) for label in labels]
+            items = list(map(os.path.join, folders, map(os.fsdecode, names)))
+
+        num = min(num or len(items), len(items))
+        step = len(items) / num if spread else 1
+        self.items = [items[int(i * step)] for i in range(num)]  # paths, or numbers in the .npz
+
         self.shape = None
         first = self[0]
         if isinstance(first, str):
@@ -570,20 +551,26 @@ class Images(Dataset):
         self.shape = first.shape  # that all others must have
 
     def __len__(self):
-        return len(self.source)
+        return len(self.items)
 
-    def __getitem__(self, index):
-        name = self.source.name(index)
+    def __getitem__(self, i):
+        item = self.items[i]
         try:
-            image = self.source.read(index)
+            if self.path.endswith(".npz"):
+                # Mapped anew each time: a kept map would be copied whole into workers that are not forked.
+                image = Image.fromarray(map_npz(self.path)[item])
+            else:
+                with Image.open(item) as file:
+                    image = to_rgb(file)
         except Exception as error:  # Pillow's decoders raise many kinds
-            return f"{name!r}: not a readable image ({error!r}); repair or remove it"
+            return f"{item!r}: not a readable image ({error!r}); repair or remove it"
+
         if self.crop:
             image = center_crop(image, self.crop)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
         if self.shape not in (None, pixels.shape):
-            first = self.source.name(0)
-            return f"{name!r} is {[*pixels.shape]}, {first!r} is {[*self.shape]}; --crop makes them equal"
+            sizes = f"{item!r} is {[*pixels.shape]}, {self.items[0]!r} is {[*self.shape]}"
+            return f"{sizes}; --crop makes them equal"
         return pixels
 
 
@@ -593,115 +580,68 @@ class Statistics(NamedTuple):
     mu: np.ndarray  # (D,), float64
     sigma: np.ndarray  # (D,D), float64
     features: torch.Tensor  # (N,D), float32; N is 0 where they are not known
-    made_by: str  # as load_network has it, or ""
 
 
-def read_statistics(path):
-    """Statistics of an .npz. Raises ValueError where they can't be meant, and whatever numpy meets."""
+def read_statistics(path, width, made_by):
+    """Statistics of an .npz. Raises ValueError where they are not of `width` features made by `made_by`."""
     with np.load(path) as arrays:
-        mu = arrays["mu"].astype(np.float64)
-        sigma = arrays["sigma"].astype(np.float64)
-        features = arrays.get("features", np.empty((0, len(mu)))).astype(np.float32)
-        made_by = str(arrays.get("made_by", ""))
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or features.shape[1:] != mu.shape:
-        raise ValueError("mu, sigma, features are not of shapes (D,), (D,D), (N,D)")
-    if not np.isfinite(mu.sum() + sigma.sum() + features.sum()):
-        raise ValueError("mu, sigma, features are not finite")
-    return Statistics(mu, sigma, torch.from_numpy(features), made_by)
+        mu = arrays["mu"]
+        sigma = arrays["sigma"]
+        features = torch.from_numpy(arrays.get("features", np.empty((0, width))))
+        # Who made ADM's reference batches is not written in them; their width tells.
+        by = str(arrays.get("made_by", made_by))
+    if by != made_by or mu.shape != (width,) or sigma.shape != (width, width):
+        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape} by {by}; not of {width} features by {made_by}")
+    if not np.isfinite(mu.sum() + sigma.sum()):
+        raise ValueError("mu, sigma are not finite")
+    return Statistics(mu, sigma, features.float())
 
 
-def open_npz(path, flag):
-    """-> NpzImages and Statistics of an .npz, None for what it lacks. Raises SystemExit if it is damaged."""
-    if not os.path.isfile(path):
-        raise SystemExit(f"{flag} {path}: no such file; expected a folder or an .npz")
+def open_set(path, flag, width, made_by, crop=None, num=None, spread=False):
+    """-> Images and Statistics of a folder or an .npz, which `flag` names; None for what it does not hold.
+
+    width, made_by: see read_statistics. crop, num, spread: see Images.
+    Raises SystemExit where that leaves nothing to evaluate.
+    """
+    images = None
+    statistics = None
+    arrays = ["arr_0.npy"]
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = archive.namelist()
-        images = NpzImages(path) if "arr_0.npy" in arrays else None
-        statistics = read_statistics(path) if "mu.npy" in arrays else None
+        if path.endswith(".npz"):
+            with zipfile.ZipFile(path) as archive:
+                arrays = archive.namelist()
+        if "arr_0.npy" in arrays:
+            images = Images(path, flag, crop, num, spread)
+        if "mu.npy" in arrays and not num:  # they are of all images
+            statistics = read_statistics(path, width, made_by)
     except Exception as error:  # zipfile and numpy raise many kinds
-        wanted = "a whole .npz of arr_0, or of mu and sigma"
-        raise SystemExit(f"{flag} {path}: {error!r:.200}; expected {wanted}") from None
+        wanted = "expected a whole .npz of arr_0, or of mu and sigma"
+        raise SystemExit(f"{flag} {path}: {error!r:.250}; {wanted}") from None
+
+    if statistics and crop:
+        raise SystemExit(f"{flag} {path}: --crop {crop} can't crop what its mu and sigma are of")
+    count = len(images) if images else 0
+    if statistics is None and count < 4:  # a third neighbour must exist
+        raise SystemExit(f"{flag} {path}: {count} images, at least 4 are needed")
     return images, statistics
 
 
-class EvaluationSet(NamedTuple):
-    """One side of a comparison: images, statistics, or both."""
-
-    name: str
-    images: Dataset | None
-    statistics: Statistics | None
-    rows: int  # images whose features are known or can be computed
-    count: int | None  # images that FID rests on, where that is known
-    left_out: str
-
-
-def open_set(path, flag, crop=None, num=None, spread=False):
-    """-> EvaluationSet of a folder or an .npz, which `flag` names.
-
-    crop: see Images. num: take so many images, the first or, with spread, evenly over their order.
-    Raises SystemExit where that leaves nothing to evaluate.
-    """
-    name = f"{flag} {path}"
-    source, statistics = open_npz(path, flag) if path.endswith(".npz") else (FolderImages(path, flag), None)
-    if statistics and crop:
-        raise SystemExit(f"{name}: --crop {crop} can't crop what its mu and sigma are of")
-    if num:
-        statistics = None  # they are of all images
-
-    images = None
-    rows = 0
-    if source:
-        rows = min(num or len(source), len(source))
-        step = len(source) / rows if spread else 1
-        images = Subset(Images(source, crop), [int(i * step) for i in range(rows)])
-    if statistics is None and rows < 2:
-        raise SystemExit(f"{name}: {rows} images, at least 2 are needed")
-
-    # The count behind mu and sigma is known where their features are, as --save-stats writes them.
-    count = rows
-    if statistics:
-        count = len(statistics.features) or None
-        rows = count or rows
-    return EvaluationSet(name, images, statistics, rows, count, source.left_out if source else "")
-
-
-def choose_metrics(asked, samples, reference, inception, saving):
+def choose_metrics(asked, sets, inception):
     """-> the metrics asked for, or all that the sets allow. Raises SystemExit where a metric lacks something.
 
-    inception: whether the features are Inception's. saving: whether statistics are wanted, with no metric.
+    sets: Images and Statistics of the samples and of a reference, if there is one.
+    inception: whether the features are Inception's; other networks have no classes.
     """
-    if reference is None and not saving and asked != ["is"]:
-        raise SystemExit("--ref is missing: name a folder or an .npz to compare with (or --metrics is)")
-
-    possible = []
-    if reference:
-        possible.append("fid")  # open_set gives nothing that it can't be computed of
-    if samples.rows and inception:  # other networks have no classes
+    by_image = [len(images or known.features) > 0 for images, known in sets]
+    possible = ["fid"] if len(sets) == 2 else []
+    if by_image[0] and inception:
         possible.append("is")
-    if reference and min(samples.rows, reference.rows) > 3:  # so that a third neighbour exists
+    if by_image == [True, True]:
         possible += ["prec", "rec"]
-
-    if asked and not set(asked) <= set(possible):
-        needs = "fid needs --ref, is images and Inception, prec and rec more than 3 images of both"
-        allowed = ",".join(possible) or "none"
-        raise SystemExit(f"--metrics {','.join(asked)}: these sets allow {allowed} ({needs})")
+    if not set(possible).issuperset(asked or possible):
+        needs = "fid needs --ref; is needs images and Inception; prec and rec need images of both"
+        raise SystemExit(f"--metrics: these sets allow {','.join(possible) or 'none'} ({needs})")
     return asked or possible
-
-
-def check_comparable(sets, network, made_by):
-    """-> what made all the features. Raises SystemExit where that is not one network and resize rule."""
-    makers = {s.name: (s.statistics.made_by, len(s.statistics.mu)) for s in sets if s.statistics}
-    if network:
-        makers["this run"] = (made_by, network.width)
-
-    # Who made ADM's reference batches is not written in them; their width tells.
-    names = {name for name, _ in makers.values() if name}
-    widths = {width for _, width in makers.values()}
-    if len(names) > 1 or len(widths) > 1:
-        each = [f"{name} has {width} features by {by or '?'}" for name, (by, width) in makers.items()]
-        raise SystemExit(f"not comparable: {', '.join(each)}")
-    return next(iter(names), "unknown")
 
 
 def ignore_interrupt(_worker):
@@ -719,118 +659,88 @@ def collate(samples):
 
 
 @torch.inference_mode()
-def extract(images, network, name, batch_size, workers, device):
+def extract(images, network, batch_size, workers, device):
     """Features (N,D), fp32, of all images, on the CPU. Raises SystemExit at an image that can't be used."""
-    options = {"num_workers": workers, "worker_init_fn": ignore_interrupt, "collate_fn": collate}
+    batches = DataLoader(
+        images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupt
+    )  # uint8 (B,3,H,W)
     network.to(device)
     features = torch.empty(len(images), network.width)
-    done = 0
     # `with` closes the bar before an error's line is printed.
-    with tqdm(total=len(images), desc=name, unit="image") as bar:
-        for batch in DataLoader(images, batch_size, **options):  # uint8 (B,3,H,W)
+    with tqdm(total=len(images), desc=images.path, unit="image") as bar:
+        for rows, batch in zip(features.split(batch_size), batches, strict=True):
             if isinstance(batch, str):
                 raise SystemExit(batch)
-
-            features[done : done + len(batch)] = network(batch.to(device)).float()  # (B,D)
-            done += len(batch)
+            rows.copy_(network(batch.to(device)))  # (B,D)
             bar.update(len(batch))
     if not features.isfinite().all():
-        raise SystemExit(f"{name}: its features are not finite; are the weights the network's?")
+        raise SystemExit(f"{images.path}: its features are not finite; are the weights the network's?")
     return features
 
 
-def with_features(one, by_image, network, made_by, batch_size, workers, device):
-    """The Statistics of an EvaluationSet; by_image: with features, whether or not FID needs them."""
-    known = one.statistics
-    if known and (len(known.features) or not by_image):
+def measure(images, known, by_image, *options):
+    """-> Statistics of Images, known or not from their file. by_image: with features, FID or not."""
+    if known and (len(known.features) or not by_image or images is None):
         return known
-    features = extract(one.images, network, one.name, batch_size, workers, device)
-    if known:  # ADM's reference batches: mu and sigma are of more images than they hold
-        return known._replace(features=features)
-    return Statistics(*moments(features), features, made_by)
+    features = extract(images, *options)
+    # The mu and sigma of ADM's reference batches are of more images than they hold.
+    return known._replace(features=features) if known else Statistics(*moments(features), features)
 
 
 def save_statistics(path, statistics, made_by):
     """Writes an .npz that open_set reads. Raises SystemExit where it can't be written, as to a full disk."""
-    arrays = statistics._asdict() | {"made_by": made_by}
-    # Under another name first: a reader never sees half a file.
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         # An open file: np.savez would add .npz to a name.
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, made_by=made_by, **statistics._asdict())
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise SystemExit(f"--save-stats {path}: {error.strerror}") from None
 
 
-def evaluate(metrics, samples, reference, network):
-    """-> {metric: number} of the Statistics of samples and reference."""
+def evaluate(metrics, network, samples, reference=None):
+    """-> {metric: number} of the Statistics of samples and reference; prec and rec come together."""
     results = {}
     if "fid" in metrics:
-        results["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+        results["fid"] = frechet_distance(*samples[:2], *reference[:2])  # of mu, sigma
     if "is" in metrics:
         results["is"] = inception_score(samples.features, network.fc.weight.cpu())
     if "prec" in metrics or "rec" in metrics:
         results["prec"], results["rec"] = precision_recall(samples.features, reference.features)
-    return {metric: results[metric] for metric in metrics}  # in the order asked for
-
-
-def exact_and_fast():
-    """fp32 as it is: TF32 moves features by 1e-3. And freed memory is kept."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    if sys.platform == "linux":  # glibc returns large blocks at every free; new pages cost 15 % of the time
-        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-
-
-def announce(about, sets, device):
-    """The first line: what is compared, and what to keep in mind."""
-    parts = [f"{key} {value}" for key, value in about.items()]
-    parts.append(f"fp32 on {device.type}")
-    if about["by"].endswith("random"):
-        parts.insert(0, "the demo's untrained network, whose numbers compare with nothing")
-    if any(s.count and s.count < 2048 for s in sets):
-        parts.append("FID of fewer than 2048 images is biased")
-    parts += [f"{s.name} {s.left_out}" for s in sets if s.left_out]
-    print("; ".join(parts), file=sys.stderr)
+    return results
 
 
 def main(argv=None):
     args = parse_args(argv)
-    exact_and_fast()
+    torch.backends.cudnn.allow_tf32 = False  # it moves features by 1e-3
 
-    # What is compared: everything is opened and checked before any work.
-    samples = open_set(args.samples, "the set", None if args.ref else args.crop, args.num)
-    reference = open_set(args.ref, "--ref", args.crop, args.ref_num, spread=True) if args.ref else None
-    sets = [samples, reference] if reference else [samples]
-    metrics = choose_metrics(args.metrics, samples, reference, not args.features, args.save_stats is not None)
+    # What is compared, and by what: everything is opened and checked before any work.
+    weights = args.features_weights if args.features else args.inception_weights
+    network, made_by = load_network(args.features, args.protocol, weights)
+    own_crop = None if args.ref else args.crop
+    sets = [open_set(args.samples, "the set", network.width, made_by, own_crop, args.num)]
+    if args.ref:
+        ref = fetch(REFERENCES[args.ref], "--ref") if args.ref in REFERENCES else args.ref
+        sets.append(open_set(ref, "--ref", network.width, made_by, args.crop, args.ref_num, spread=True))
+    metrics = choose_metrics(args.metrics, sets, inception=not args.features)
 
-    # The network, unless statistics are enough
-    network = None
-    made_by = ""
-    if metrics != ["fid"] or any(s.statistics is None for s in sets):
-        weights = args.features_weights if args.features else args.inception_weights
-        network, made_by = load_network(args.features, args.protocol, weights)
-    about = {
-        "samples": args.samples,
-        "num": samples.count,
-        "ref": args.ref,
-        "ref_num": reference.count if reference else None,
-        "by": check_comparable(sets, network, made_by),
-    }
-    announce(about, sets, args.device)
+    # The first line, with what to keep in mind; not known is how many images ADM's mu and sigma are of.
+    counts = [len(known.features if known else images) or None for images, known in sets]
+    ref_num = counts[1] if args.ref else None
+    about = {"samples": args.samples, "num": counts[0], "ref": args.ref, "ref_num": ref_num, "by": made_by}
+    notes = [f"{key} {value}" for key, value in about.items()] + [f"fp32 on {args.device}"]
+    notes += [f"{images.path} {images.left_out}" for images, _ in sets if images and images.left_out]
+    if any(count and count < 2048 for count in counts):
+        notes.append("FID of fewer than 2048 images is biased")
+    if weights == "random":
+        notes.append("an untrained network, as the demo's: its numbers compare with nothing")
+    print("; ".join(notes), file=sys.stderr)
 
     # Features, and what follows from them
-    manifolds = "prec" in metrics or "rec" in metrics
-    options = (network, made_by, args.batch_size, args.workers, args.device)
-    measured = with_features(samples, manifolds or "is" in metrics, *options)
-    against = with_features(reference, manifolds, *options) if reference else None
-    results = evaluate(metrics, measured, against, network)
+    options = (metrics != ["fid"], network, args.batch_size, args.workers, args.device)
+    measured = [measure(images, known, *options) for images, known in sets]
+    results = evaluate(metrics, network, *measured)
     if args.save_stats:
-        save_statistics(args.save_stats, measured, about["by"])
+        save_statistics(args.save_stats, measured[0], made_by)
     lines = [f"{metric} {value:.6g}" for metric, value in results.items()]
     print(json.dumps(results | about) if args.json else "\n".join(lines))
 
