@@ -302,6 +302,8 @@ class TimmFeatures(nn.Module):
         import timm  # a second that Inception does not wait for
 
         name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
+        if not timm.is_model(name):
+            raise SystemExit(f"--features {name}: no model that timm knows")
         self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         self.model.reset_classifier(0)  # not earlier: without its classifier timm takes any file
 

@@ -479,7 +479,7 @@ def decoder_step(
     disc,
     *,
     noise_tau,
-    noise_law,
+    noise_law="uniform",
     lpips_weight,
     gan_weight,
     accum,

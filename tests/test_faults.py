@@ -526,7 +526,7 @@ def test_safetensors_wherever_weights_are_read(folder):
         (flow_train, "--data none", "--data none: No such file or directory"),
         (rae_decoder_train, "--eval-data none", "--eval-data none: No such file or directory"),
         (sample, "--reconstruct none --decoder decoder.pt", "--reconstruct none: No such file or directory"),
-        (fid, "data --ref data --save-stats none/x.npz", "none/x.npz: expected an .npz in a folder"),
+        (fid, "data --ref data --save-stats none/x.npz", "--save-stats: expected an .npz in a folder"),
         (rae_encoder, "--out file/x.pt", "--out file/x.pt: not a file in a folder"),
         (rae_encoder, "--out data", "--out data: not a file in a folder"),
         (flow_train, f"{TRAIN['flow_train']} --out file/x", "--out file/x: can't be written"),

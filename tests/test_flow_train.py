@@ -257,8 +257,8 @@ def test_init_starts_model_and_ema_from_weights(folder):
     others = [{key: value for key, value in s.items() if key != table} for s in (three["ema"], source["ema"])]
     assert equal(*others)
     line = message(train, "wide", "--width", 24, "--init", "released.pt")
-    assert "--init released.pt is of {'width': 16" in line and "this run of {'width': 24" in line
-    assert "this run of" in message(train, "heads", "--heads", 1, "--init", "released.pt")
+    assert "--init released.pt has sizes {'width': 16" in line and "this run {'width': 24" in line
+    assert "this run {" in message(train, "heads", "--heads", 1, "--init", "released.pt")
     Path("text.pt").write_text("text")
     assert "--init text.pt: not a flow checkpoint" in message(train, "x", "--init", "text.pt")
 
