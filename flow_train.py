@@ -47,6 +47,7 @@ from rae_encoder import (
     latent_statistics,
     load_images,
     load_statistics,
+    local_file,
     positive,
     read_weights,
     reason,
@@ -538,7 +539,7 @@ def initialise(network, path):
 
     For another number of classes, of the labels only "no class" is taken. SystemExit for other sizes.
     """
-    source = dit_dh.load(path, "--init")
+    source = dit_dh.load(local_file(path, "--init"), "--init")
     theirs, ours = (f"{model.sizes}, latents {model.latent_shape}" for model in (source, network))
     if theirs != ours:
         raise SystemExit(f"--init {path} is of {theirs}, this run of {ours}")

@@ -61,6 +61,12 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
+DIFFUSERS = {  # parts of diffusers' names: of the released ones
+    "attention.to_q.": "attention.attention.query.",
+    "attention.to_k.": "attention.attention.key.",
+    "attention.to_v.": "attention.attention.value.",
+    "attention.to_out.0.": "attention.output.dense.",
+}
 FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
     "demo": DEMO
@@ -111,7 +117,7 @@ def parse_args(argv=None):
     add(
         "--disc-weights",
         metavar="FILE",
-        help="DINO ViT-S/8 with timm's keys, or `random`; default: the hub's",
+        help="DINO ViT-S/8 with timm's keys, `random`, or the authors' heads; default: the hub's",
     )
     add(
         "--disc-start", type=amount, default=6, help="epoch from which the discriminator learns (%(default)s)"
@@ -244,7 +250,9 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
     """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or from the authors' files.
 
     Theirs tell the sizes by their shapes and have config {}; the pixels' mean and std are then those of
-    `encoder`. Raises SystemExit for any other file that `flag` names.
+    `encoder`. A folder in diffusers' format has a config (rae_encoder.read_autoencoder); from 16 x 16 tokens
+    the images are diffusers', from others not: theirs stretch the positions of any grid to 16 x 16.
+    Raises SystemExit for any other file that `flag` names.
     """
     file = read_weights(path, flag)
     if file.get("format") == "rae-flow/1":
@@ -256,8 +264,11 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder"):
         config = flags | file["config"]
     else:
         state = released_state(file)
-        sizes = released_sizes(state, encoder, f"{flag} {path}")
-        config = {}
+        config = file["config"] if "sizes" in file else {}  # of diffusers' format
+        sizes = released_sizes(state, encoder, f"{flag} {path}") | file.get("sizes", {})
+        heads = DECODERS[sizes["name"]][2]
+        if config.get("heads", heads) != heads:
+            raise SystemExit(f"{flag} {path}: has {config['heads']} heads, a {sizes['name']} {heads}")
 
     decoder = Decoder(**sizes)
     # Released files may leave these two out.
@@ -277,7 +288,10 @@ def released_state(file):
     # torch.compile puts its prefix outside or inside of DDP's.
     state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
-    return inner or state
+    state = inner or state
+    for theirs, ours in DIFFUSERS.items():
+        state = {key.replace(theirs, ours): value for key, value in state.items()}
+    return state
 
 
 def released_sizes(state, encoder, name):
@@ -350,15 +364,22 @@ class Discriminator(nn.Module):
     """Images (B,3,S,S) in [-1,1] -> logits (B, 5*784), one for each head and token (after Sauer et al. 2023).
 
     Heads on the patch tokens of a frozen DINO ViT-S/8: after the last block, then after blocks 3, 6, 9, 12.
-    weights: None (hub), "random", or a .safetensors / .pt file with timm's keys.
+    weights: None (hub), "random", or a .safetensors / .pt file with timm's keys, or with trained heads of the
+    authors, whose ViT is then the hub's. Raises SystemExit for other heads.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", weights, "--disc").requires_grad_(False)
+        trained = trained_heads(weights)
+        vit = None if trained else weights
+        self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", vit, "--disc").requires_grad_(False)
         for block in self.vit.blocks:
             block.mlp.act = nn.GELU("tanh")  # as released
         self.heads = nn.ModuleList(disc_head(self.vit.embed_dim) for _ in range(5))
+        try:
+            self.heads.load_state_dict(trained or self.heads.state_dict())
+        except RuntimeError as error:
+            raise SystemExit(f"--disc-weights {weights}: other heads ({reason(error)})") from None
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
 
@@ -374,6 +395,22 @@ class Discriminator(nn.Module):
                 h = (h + second(h)) / math.sqrt(2)
                 logits.append(last(h).flatten(1))  # (B, 784)
         return torch.cat(logits, dim=1)
+
+
+def trained_heads(weights):
+    """The state dict of the heads in the authors' checkpoint, or in a file with their keys; else {}."""
+    if weights in (None, "random"):
+        return {}
+    file = read_weights(weights, "--disc-weights")
+    heads = {}
+    for key, value in (file.get("disc") or file).items():
+        if key.startswith("heads."):
+            # Their residual layer is a module around `fn`, their spectral norm is PyTorch's older one.
+            key = key.removeprefix("heads.").replace(".fn.", ".")
+            for old, new in (("_orig", ".original"), ("_u", ".0._u"), ("_v", ".0._v")):
+                key = key.replace(f"weight{old}", f"parametrizations.weight{new}")
+            heads[key] = value
+    return heads
 
 
 def disc_head(width):
