@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import message
 from PIL import Image
+from test_diffusers import write_autoencoder
 from torch import nn
 
 import dit_dh
@@ -500,3 +501,20 @@ def test_the_authors_heads_are_a_start(hub, tmp_path, monkeypatch, layout):
     )
     line = message(rae_decoder_train.Discriminator, str(tmp_path / "x.pt"))
     assert line.startswith(f"--disc-weights {tmp_path / 'x.pt'}: other heads (")
+
+
+def test_an_autoencoder_of_diffusers_is_two_files_of_a_repository(hub, tmp_path):
+    torch.manual_seed(0)
+    decoder = rae_decoder_train.Decoder("ViT-mini", 384, 16, 2, [0.5] * 3, [0.5] * 3).eval()
+    folder = write_autoencoder(tmp_path / "rae", "dinov2", 384, 14, decoder)
+    hub.repositories["nyu/rae"] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    hub.repositories["nyu/half"] = {"config.json": Path(folder, "config.json").read_bytes()}
+
+    z = torch.randn(1, 384, 16, 16)
+    for name in ("hub:nyu/rae", "hub:nyu/rae/", folder):
+        read, config = rae_decoder_train.load_decoder(name)
+        assert config["encoder"] == "dinov2-small"
+        with torch.no_grad():
+            assert torch.equal(read(z), decoder(z))
+    line = message(rae_decoder_train.load_decoder, "hub:nyu/half")
+    assert "diffusion_pytorch_model.safetensors of nyu/half can't be fetched" in line
