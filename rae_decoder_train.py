@@ -61,11 +61,20 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
-DIFFUSERS = {  # parts of diffusers' names: of the released ones
+# Parts of names in other files: in ours. Of diffusers' decoder, and of the authors' discriminator, whose
+# residual layer is a module around `fn` and whose spectral norm is PyTorch's older one.
+DIFFUSERS = {
     "attention.to_q.": "attention.attention.query.",
     "attention.to_k.": "attention.attention.key.",
     "attention.to_v.": "attention.attention.value.",
     "attention.to_out.0.": "attention.output.dense.",
+}
+HEADS = {
+    "heads.": "",
+    ".fn.": ".",
+    "weight_orig": "parametrizations.weight.original",
+    "weight_u": "parametrizations.weight.0._u",
+    "weight_v": "parametrizations.weight.0._v",
 }
 FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
@@ -288,9 +297,13 @@ def released_state(file):
     # torch.compile puts its prefix outside or inside of DDP's.
     state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
-    state = inner or state
-    for theirs, ours in DIFFUSERS.items():
-        state = {key.replace(theirs, ours): value for key, value in state.items()}
+    return rename(inner or state, DIFFUSERS)
+
+
+def rename(state, names):
+    """The dict `state` with parts of its keys replaced as names = {old: new} says."""
+    for old, new in names.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
     return state
 
 
@@ -376,10 +389,11 @@ class Discriminator(nn.Module):
         for block in self.vit.blocks:
             block.mlp.act = nn.GELU("tanh")  # as released
         self.heads = nn.ModuleList(disc_head(self.vit.embed_dim) for _ in range(5))
-        try:
-            self.heads.load_state_dict(trained or self.heads.state_dict())
-        except RuntimeError as error:
-            raise SystemExit(f"--disc-weights {weights}: other heads ({reason(error)})") from None
+        if trained:
+            try:
+                self.heads.load_state_dict(trained)
+            except RuntimeError as error:
+                raise SystemExit(f"--disc-weights {weights}: other heads ({reason(error)})") from None
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
 
@@ -402,15 +416,9 @@ def trained_heads(weights):
     if weights in (None, "random"):
         return {}
     file = read_weights(weights, "--disc-weights")
-    heads = {}
-    for key, value in (file.get("disc") or file).items():
-        if key.startswith("heads."):
-            # Their residual layer is a module around `fn`, their spectral norm is PyTorch's older one.
-            key = key.removeprefix("heads.").replace(".fn.", ".")
-            for old, new in (("_orig", ".original"), ("_u", ".0._u"), ("_v", ".0._v")):
-                key = key.replace(f"weight{old}", f"parametrizations.weight{new}")
-            heads[key] = value
-    return heads
+    file = file.get("disc") or file
+    heads = {key: file[key] for key in file if key.startswith("heads.")}
+    return rename(heads, HEADS)
 
 
 def disc_head(width):

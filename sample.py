@@ -4,10 +4,11 @@ Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXi
 Image i depends on checkpoints, seed and i alone; batch size, number of ranks and resume do not count.
 
     python sample.py                                        # the demo: a minute on a laptop
-    torchrun --nproc_per_node 8 sample.py --preset imagenet256 --cfg 1.42 --autoguide weak.pt --npz
-    python sample.py --preset imagenet256 --flow stage2_model.pt --decoder model.pt --stats stat.pt -n 16
+    python sample.py --preset imagenet256 -n 16             # the released networks, from the Hugging Face hub
+    torchrun --nproc_per_node 8 sample.py --preset imagenet256 --autoguide --npz
     python sample.py --reconstruct imagenet/val --out reconstructions
 
+A file of weights may also be hub:OWNER/REPO/PATH, on the Hugging Face hub.
 Letters in shapes: B batch, C latent channels, G latent positions a side, S image size.
 """
 
@@ -92,7 +93,7 @@ RELEASED = {
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released networks")
+    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")

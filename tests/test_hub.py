@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -161,6 +162,13 @@ def test_the_file_is_named_before_anything_is_asked(hub, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     message(rae_encoder.local_file, f"hub:{REPO}/a/model.pt", "--flow")
     assert shown[1] == ""
+
+
+def test_ranks_fetch_it_once(hub):
+    with ThreadPoolExecutor(4) as ranks:
+        paths = list(ranks.map(rae_encoder.local_file, [f"hub:{REPO}/a/model.pt"] * 4, ["--flow"] * 4))
+    assert len(set(paths)) == 1 and bodies(hub) == 1
+    assert Path(paths[0]).read_bytes() == hub.repositories[REPO]["a/model.pt"]
 
 
 def test_a_download_that_is_cut_is_resumed_or_made_anew(hub, tmp_path):
