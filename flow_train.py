@@ -50,6 +50,7 @@ from rae_encoder import (
     latent_statistics,
     load_images,
     load_statistics,
+    local_file,
     positive,
     read_weights,
     reason,
@@ -581,7 +582,7 @@ def initialise(network, path):
 
     For another number of classes, of the labels only "no class" is taken. SystemExit for other sizes.
     """
-    source = dit_dh.load(path, "--init")
+    source = dit_dh.load(local_file(path, "--init"), "--init")
     for name in ("sizes", "latent_shape", "prediction", "base_depth"):
         theirs, ours = (getattr(model, name) for model in (source, network))
         if theirs != ours:

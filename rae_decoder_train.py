@@ -64,6 +64,21 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
+# Parts of names in other files: in ours. Of diffusers' decoder, and of the authors' discriminator, whose
+# residual layer is a module around `fn` and whose spectral norm is PyTorch's older one.
+DIFFUSERS = {
+    "attention.to_q.": "attention.attention.query.",
+    "attention.to_k.": "attention.attention.key.",
+    "attention.to_v.": "attention.attention.value.",
+    "attention.to_out.0.": "attention.output.dense.",
+}
+HEADS = {
+    "heads.": "",
+    ".fn.": ".",
+    "weight_orig": "parametrizations.weight.original",
+    "weight_u": "parametrizations.weight.0._u",
+    "weight_v": "parametrizations.weight.0._v",
+}
 # The release names no small decoders: ViT-mini and ViT-S are for small images.
 FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
@@ -119,7 +134,7 @@ def parse_args(argv=None):
     add(
         "--disc-weights",
         metavar="FILE",
-        help="DINO ViT-S/8 with timm's keys, or `random`; default: the hub's",
+        help="DINO ViT-S/8 with timm's keys, `random`, or the authors' heads; default: the hub's",
     )
     add(
         "--disc-start", type=amount, default=6, help="epoch from which the discriminator learns (%(default)s)"
@@ -257,7 +272,9 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
     """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or from the authors' files.
 
     Theirs tell the sizes by their shapes and have config {}; the pixels' mean and std are then those of
-    `encoder`, or with raw_pixels 0 and 1, as in RAEv2. Raises SystemExit for any other file.
+    `encoder`, or with raw_pixels 0 and 1, as in RAEv2. A folder in diffusers' format has a config
+    (rae_encoder.read_autoencoder); from 16 x 16 tokens the images are diffusers', from others not: theirs
+    stretch the positions of any grid to 16 x 16. Raises SystemExit for any other file.
     """
     file = read_weights(path, flag)
     if file.get("format") == "rae-flow/1":
@@ -269,8 +286,11 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
         config = rae_encoder.complete(flags | file["config"])
     else:
         state = released_state(file)
-        sizes = released_sizes(state, encoder, f"{flag} {path}")
-        config = {}
+        config = file["config"] if "sizes" in file else {}  # of diffusers' format
+        sizes = released_sizes(state, encoder, f"{flag} {path}") | file.get("sizes", {})
+        heads = DECODERS[sizes["name"]][2]
+        if config.get("heads", heads) != heads:
+            raise SystemExit(f"{flag} {path}: has {config['heads']} heads, a {sizes['name']} {heads}")
         if raw_pixels:
             sizes = sizes | {"mean": [0.0] * 3, "std": [1.0] * 3}
 
@@ -292,7 +312,14 @@ def released_state(file):
     # torch.compile puts its prefix outside or inside of DDP's.
     state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
-    return inner or state
+    return rename(inner or state, DIFFUSERS)
+
+
+def rename(state, names):
+    """The dict `state` with parts of its keys replaced as names = {old: new} says."""
+    for old, new in names.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
 
 
 def released_sizes(state, encoder, name):
@@ -366,15 +393,23 @@ class Discriminator(nn.Module):
     """Images (B,3,S,S) in [-1,1] -> logits (B, 5*784), one for each head and token (after Sauer et al. 2023).
 
     Heads on the patch tokens of a frozen DINO ViT-S/8: after the last block, then after blocks 3, 6, 9, 12.
-    weights: None (hub), "random", or a .safetensors / .pt file with timm's keys.
+    weights: None (hub), "random", or a .safetensors / .pt file with timm's keys, or with trained heads of the
+    authors, whose ViT is then the hub's. Raises SystemExit for other heads.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", weights, "--disc").requires_grad_(False)
+        trained = trained_heads(weights)
+        vit = None if trained else weights
+        self.vit = rae_encoder.load_vit("vit_small_patch8_224.dino", vit, "--disc").requires_grad_(False)
         for block in self.vit.blocks:
             block.mlp.act = nn.GELU("tanh")  # as released
         self.heads = nn.ModuleList(disc_head(self.vit.embed_dim) for _ in range(5))
+        if trained:
+            try:
+                self.heads.load_state_dict(trained)
+            except RuntimeError as error:
+                raise SystemExit(f"--disc-weights {weights}: other heads ({reason(error)})") from None
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
 
@@ -391,6 +426,16 @@ class Discriminator(nn.Module):
                 h = (h + second(h)) / math.sqrt(2)
                 logits.append(last(h).flatten(1))  # (B, 784)
         return torch.cat(logits, dim=1)
+
+
+def trained_heads(weights):
+    """The state dict of the heads in the authors' checkpoint, or in a file with their keys; else {}."""
+    if weights in (None, "random"):
+        return {}
+    file = read_weights(weights, "--disc-weights")
+    file = file.get("disc") or file
+    heads = {key: file[key] for key in file if key.startswith("heads.")}
+    return rename(heads, HEADS)
 
 
 def disc_head(width):

@@ -16,6 +16,7 @@ import ctypes
 import datetime
 import difflib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -30,6 +31,8 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
@@ -77,6 +80,7 @@ ALIASES = {
 }
 # What a checkpoint's config means where it lacks a key
 OLDER = {"layers": None, "noise_law": "uniform", "prediction": "v", "base_depth": None}
+AUTOENCODER = ("diffusion_pytorch_model.safetensors", "config.json")  # the files of diffusers' format
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
@@ -337,19 +341,81 @@ def reason(error):
     return lines[0][:200] if lines else type(error).__name__
 
 
+def announce_fetch(repository, name):
+    """Says where a file of the hub is, or at once that it is fetched: the hub's tools retry in silence."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints every retry
+    cached = try_to_load_from_cache(repository, name)
+    place = cached if isinstance(cached, str) else f"fetching it into {HF_HUB_CACHE}"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hub:{repository}/{name}: {place}", file=sys.stderr, flush=True)
+
+
+def local_file(path, flag):
+    """The local path of the file that `flag` names; hub:OWNER/REPO/PATH is fetched into the hub's own cache.
+
+    hub:OWNER/REPO is an autoencoder in diffusers' format, and its path a folder. All ranks may call it: the
+    hub's tools lock. Raises SystemExit for a file that is not there or can't be fetched.
+    """
+    if not path.startswith("hub:"):
+        if not os.path.exists(path):
+            raise SystemExit(f"{flag} {path}: no such file")
+        return path
+    parts = re.fullmatch("hub:([^/]+/[^/]+)/?(.*)", path)
+    if not parts:
+        raise SystemExit(f"{flag} {path}: expected hub:OWNER/REPO/PATH")
+
+    repository, wanted = parts.groups()
+    for name in [wanted] if wanted else AUTOENCODER:
+        try:
+            announce_fetch(repository, name)
+            file = hf_hub_download(repository, name)
+        except Exception as error:  # the hub's tools raise many kinds
+            problem = f"{name} of {repository} can't be fetched from the Hugging Face hub"
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise SystemExit(f"{flag} {path}: {problem} ({why}); a local file does as well") from None
+    return file if wanted else os.path.dirname(file)
+
+
+def read_autoencoder(folder):
+    """A folder in the format of diffusers' AutoencoderRAE: its state dict, and what it tells of its sizes.
+
+    config: as in our checkpoints, with "heads" and, where it has them, "statistics" (mean, var) of latents.
+    sizes: of our Decoder. Raises OSError, KeyError or ValueError for another folder.
+    """
+    with open(os.path.join(folder, "config.json")) as file:
+        theirs = json.load(file)
+    state = load_file(os.path.join(folder, AUTOENCODER[0]))
+    width = theirs["encoder_hidden_size"]
+    size = {384: "small", 768: "base", 1024: "large"}[width]
+    grid = theirs["encoder_input_size"] // theirs["encoder_patch_size"]
+    config = {
+        "encoder": f"{theirs['encoder_type']}-{size}",
+        "encoder_size": theirs["encoder_input_size"],
+        "image_size": grid * theirs["patch_size"],
+        "latent_shape": [width, grid, grid],
+        "heads": theirs["decoder_num_attention_heads"],
+    }
+    # Of one number where there are none. The authors add 1e-5 to the variance, and this is its root.
+    if state["_latents_mean"].numel() > 1:
+        config["statistics"] = (state["_latents_mean"], state["_latents_std"].square() - 1e-5)
+    pixels = {key: state[f"encoder_{key}"].flatten().tolist() for key in ("mean", "std")}
+    return {"model": state, "config": config, "sizes": pixels | {"grid": grid}}
+
+
 def read_weights(path, flag):
     """The dict in the .safetensors or .pt file that `flag` names, read without running code.
 
-    Raises SystemExit for a file that is not there or holds something else.
+    A folder is read by read_autoencoder. Raises SystemExit for what is not there or holds something else.
     """
-    if not os.path.isfile(path):
-        raise SystemExit(f"{flag} {path}: no such file")
+    file = local_file(path, flag)
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
+        if os.path.isdir(file):
+            return read_autoencoder(file)
+        if file.endswith(".safetensors"):
+            return load_file(file)
         # Files of before torch 1.6, such as torchvision's VGG-16, are no zip files and can't be mapped.
-        mapped = zipfile.is_zipfile(path)
-        return dict(torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
+        mapped = zipfile.is_zipfile(file)
+        return dict(torch.load(file, map_location="cpu", mmap=mapped, weights_only=True))
     except Exception as error:  # torch and safetensors raise many kinds
         raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
 
@@ -703,7 +769,9 @@ def load_vit(name, weights, flag="--encoder"):
         state = read_vit(weights, f"{flag}-weights")
         # timm then converts and resamples what is in the file, as it does with its own.
         options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints every retry
+    repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    if weights is None and repository:
+        announce_fetch(repository, "model.safetensors")
 
     try:
         with torch.random.fork_rng(devices=[]):
@@ -713,7 +781,6 @@ def load_vit(name, weights, flag="--encoder"):
         if weights:
             problem = f"{flag}-weights {weights}: no weights of timm's {name}"
         else:
-            repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
             problem = (
                 f"{flag} {name}: model.safetensors of {repository} can't be fetched from the Hugging Face hub"
             )
@@ -722,10 +789,9 @@ def load_vit(name, weights, flag="--encoder"):
 
 def read_vit(path, flag):
     """The state dict of a ViT's file without its classifier, so that timm loads it strictly."""
-    if not os.path.isfile(path):
-        raise SystemExit(f"{flag} {path}: no such file (`random` for an untrained network)")
+    file = local_file(path, flag)
     try:
-        state = load_state_dict(path, weights_only=True)
+        state = load_state_dict(file, weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds
         raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
     return {key: value for key, value in state.items() if not key.startswith("head.")}

@@ -4,10 +4,11 @@ Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXi
 Image i depends on checkpoints, seed and i alone; batch size, number of ranks and resume do not count.
 
     python sample.py                                        # the demo: a minute on a laptop
-    torchrun --nproc_per_node 8 sample.py --preset imagenet256 --cfg 1.42 --autoguide weak.pt --npz
-    python sample.py --preset imagenet256 --flow stage2_model.pt --decoder model.pt --stats stat.pt -n 16
+    python sample.py --preset imagenet256 -n 16             # the released networks, from the Hugging Face hub
+    torchrun --nproc_per_node 8 sample.py --preset imagenet256 --autoguide --npz
     python sample.py --reconstruct imagenet/val --out reconstructions
 
+A file of weights may also be hub:OWNER/REPO/PATH, on the Hugging Face hub.
 Letters in shapes: B batch, C latent channels, G latent positions a side, S image size.
 """
 
@@ -51,6 +52,7 @@ from rae_encoder import (
     layer_list,
     load_images,
     load_statistics,
+    local_file,
     positive,
     reason,
     whole,
@@ -58,28 +60,52 @@ from rae_encoder import (
 )
 
 MAX_NUM = 1_000_000  # images of one seed
+HUB = "hub:nyu-visionx/RAE-collections"
 # What differs from the flags' own defaults. FID is of 50,000 images; those of 512 px take more memory.
 PRESETS = {
     "demo": {},
     "small": {},
-    "imagenet256": {"num": 50_000},
-    "imagenet512": {"num": 50_000, "batch_size": 64},
+    "imagenet256": {
+        "num": 50_000,
+        "flow": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+        "decoder": f"{HUB}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+    },
+    "imagenet512": {
+        "num": 50_000,
+        "batch_size": 64,
+        "flow": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
+        "decoder": f"{HUB}/decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+    },
     "raev2": RAEV2 | {"num": 50_000, "raw_pixels": True},
+}
+# What belongs to the released flows: latent statistics, the weak network to guide by, the paper's scale.
+RELEASED = {
+    "imagenet256": {
+        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k/stat.pt",
+        "weak": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
+        "cfg": 1.42,
+    },
+    "imagenet512": {
+        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
+        "weak": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",
+        "cfg": 1.5,
+    },
 }
 
 
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: 50,000 images")
+    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
     add("--raw-pixels", action="store_true", help="a bare decoder puts out [0,1] itself, as RAEv2's do")
-    add("--stats", metavar="FILE", help="latent statistics; default: those in the flow checkpoint")
+    add("--stats", metavar="FILE", help="latent statistics; default: the flow's, decoder's or preset's")
     add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
-    add("--autoguide", metavar="FILE", help="weak network to guide by: smaller, or trained for less time")
+    weak = "weak network to guide by: smaller or trained for less; alone: the preset's"
+    add("--autoguide", metavar="FILE", nargs="?", const="released", help=weak)
 
     add = parser.add_argument_group("sampling").add_argument
     # These bounds keep the images' own seeds apart (draw_noise).
@@ -117,14 +143,18 @@ def parse_args(argv=None):
     add("--out", default="samples", help="folder; what is there stays: resume. Grid: OUT.png (%(default)s)")
     add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
 
-    # These two decide other defaults, so they are looked at first.
+    # What decides other defaults is looked at first.
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--reconstruct")
+    for flag in ("--preset", "--reconstruct", "--autoguide"):
+        first.add_argument(flag, nargs="?", const="released")
     given = first.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(given.preset, {}))
     if given.reconstruct:
         parser.set_defaults(num=None)
+    if given.autoguide == "released":
+        if given.preset not in RELEASED:
+            raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(RELEASED)}")
+        parser.set_defaults(cfg=RELEASED[given.preset]["cfg"])
     args = parser.parse_args(argv)
     check_together(args)
     return args
@@ -260,24 +290,29 @@ def class_numbers(text, names, num_classes, flow):
     return numbers
 
 
-def open_statistics(args, file, latent_shape):
-    """(mean, std), each (C,G,G), of the latents of the flow checkpoint `file`."""
+def open_statistics(args, file, decoder_config, latent_shape, device):
+    """(mean, std), each (C,G,G): of --stats, the flow checkpoint `file`, the decoder or else the preset."""
     if args.stats:
         mean, var = load_statistics(args.stats, latent_shape, "--stats")
     elif "mean" in file:
         mean = file["mean"]
         var = file["var"]
+    elif "statistics" in decoder_config:
+        mean, var = decoder_config["statistics"]
+    elif args.preset in RELEASED:
+        mean, var = load_statistics(RELEASED[args.preset]["stats"], latent_shape, "--stats")
     else:
         raise SystemExit(f"--flow {args.flow}: a bare state dict needs its latents' statistics, --stats FILE")
     # The 1e-5 is in the normalisation that the network was trained with.
-    return mean, (var + 1e-5).sqrt()
+    return mean.to(device), (var + 1e-5).sqrt().to(device)
 
 
 def open_weak(args, model):
     """The weak network of --autoguide, or None. Raises SystemExit for one that does not fit to model."""
     if not args.autoguide:
         return None
-    weak = dit_dh.load(args.autoguide, "--autoguide")
+    path = RELEASED[args.preset]["weak"] if args.autoguide == "released" else args.autoguide
+    weak = dit_dh.load(local_file(path, "--autoguide"), "--autoguide")
     if (weak.latent_shape, weak.num_classes) != (model.latent_shape, model.num_classes):
         raise SystemExit(f"--autoguide {args.autoguide}: other latents or classes than --flow {args.flow}")
     return weak
@@ -315,12 +350,13 @@ def guidance_scales(args, model, demo):
 
 def open_sampling(args, decoder, decoder_config, device, precision):
     """Opens and checks what sampling needs -> Job. Raises SystemExit for networks that don't fit."""
-    model = dit_dh.load(args.flow, "--flow")
-    file = dit_dh.read(args.flow, "--flow")
+    path = local_file(args.flow, "--flow")
+    model = dit_dh.load(path, "--flow")
+    file = dit_dh.read(path, "--flow")
     # A released file has no config; the network tells the shape of its latents.
     config = {"latent_shape": list(model.latent_shape)} | file.get("config", {})
     check_pair(config, f"--flow {args.flow}", decoder_config, f"--decoder {args.decoder}")
-    mean, std = open_statistics(args, file, model.latent_shape)
+    mean, std = open_statistics(args, file, decoder_config, model.latent_shape, device)  # (C,G,G) each
     weak = open_weak(args, model)
 
     demo = file.get("args", {}).get("preset") == "demo"
@@ -361,8 +397,6 @@ def open_sampling(args, decoder, decoder_config, device, precision):
         null=model.num_classes,
     )
     grid = time_grid(steps, shift, args.t_end)
-    mean = mean.to(device)  # (C,G,G)
-    std = std.to(device)  # (C,G,G)
 
     def images(batches):
         for indices in batches:

@@ -1,0 +1,528 @@
+"""Files from the Hugging Face hub: the real download code against an HTTP server of the test's own.
+
+The server speaks what huggingface_hub asks of the hub. Its files have the released names and layouts, but are
+small. Nothing here needs a network.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import message
+from PIL import Image
+from test_diffusers import write_autoencoder
+from torch import nn
+
+import dit_dh
+import flow_train
+import rae_decoder_train
+import rae_encoder
+import sample
+
+ROOT = Path(__file__).parents[1]
+REPO = "nyu-visionx/RAE-collections"
+COMMIT = "0123456789" * 4
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One file a path; the server's `cut` maps a path to how often its body ends in the middle."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        self.server.requests.append((self.command, self.path))
+        match = re.fullmatch("/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
+        files = self.server.repositories.get(match and match[1])
+        data = files.get(match[2]) if files else None
+        if data is None:
+            self.send_response(404 if files else 401)
+            self.send_header("X-Error-Code", "EntryNotFound" if files else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+
+        first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data) - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        if body and self.server.cut.get(match[2], 0) > 0:
+            self.server.cut[match[2]] -= 1
+            self.wfile.write(data[first : (first + len(data)) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            self.close_connection = True
+        elif body:
+            self.wfile.write(data[first:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A hub on 127.0.0.1: repositories {name: {path: bytes}}, and the requests that it had."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.repositories = {REPO: {"a/model.pt": os.urandom(200_000)}}
+    server.cut = {}
+    server.requests = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def use_endpoint(monkeypatch, port):
+    """What HF_ENDPOINT does before huggingface_hub is imported; this process has it imported."""
+    endpoint = f"http://127.0.0.1:{port}"
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # of 2.x, of 0.x
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The server as this process's hub, with an empty cache, and without the pauses between retries."""
+    use_endpoint(monkeypatch, server.server_port)
+    cache = str(tmp_path / "hub-cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setattr(rae_encoder, "HF_HUB_CACHE", cache)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    # 0.x keeps a session that once was offline.
+    getattr(huggingface_hub.utils, "reset_sessions", int)()
+    return server
+
+
+def bodies(server, path="a/model.pt"):
+    """How often the file's body was asked for."""
+    return sum(command == "GET" and name.endswith(path) for command, name in server.requests)
+
+
+def blobs(tmp_path):
+    """The whole files in the cache; not what is left of a download that was cut."""
+    return [path for path in tmp_path.glob("hub-cache/*/blobs/*") if path.suffix != ".incomplete"]
+
+
+def test_a_file_is_fetched_once_into_the_hubs_cache(hub, tmp_path, capsys):
+    name = f"hub:{REPO}/a/model.pt"
+    data = hub.repositories[REPO]["a/model.pt"]
+    path = Path(rae_encoder.local_file(name, "--flow"))
+    assert path.read_bytes() == data and path.is_relative_to(tmp_path / "hub-cache")
+    assert f"{name}: fetching it into {tmp_path / 'hub-cache'}\n" in capsys.readouterr().err
+
+    # The second time it is not fetched, its path is said, and there is one copy on the disk.
+    assert Path(rae_encoder.local_file(name, "--flow")) == path
+    assert bodies(hub) == 1
+    assert f"{name}: {path}\n" in capsys.readouterr().err
+    assert [blob.stat().st_size for blob in blobs(tmp_path)] == [len(data)]
+
+
+def test_the_file_is_named_before_anything_is_asked(hub, monkeypatch, capsys):
+    shown = []
+
+    def download(repository, name):
+        shown.append(capsys.readouterr().err)
+        raise OSError("no network")
+
+    monkeypatch.setattr(rae_encoder, "hf_hub_download", download)
+    line = message(rae_encoder.local_file, f"hub:{REPO}/a/model.pt", "--flow")
+    assert f"hub:{REPO}/a/model.pt: fetching" in shown[0]
+    assert line.endswith("(OSError: no network); a local file does as well")
+
+    # Of several ranks one speaks.
+    monkeypatch.setenv("RANK", "1")
+    message(rae_encoder.local_file, f"hub:{REPO}/a/model.pt", "--flow")
+    assert shown[1] == ""
+
+
+def test_ranks_fetch_it_once(hub):
+    with ThreadPoolExecutor(4) as ranks:
+        paths = list(ranks.map(rae_encoder.local_file, [f"hub:{REPO}/a/model.pt"] * 4, ["--flow"] * 4))
+    assert len(set(paths)) == 1 and bodies(hub) == 1
+    assert Path(paths[0]).read_bytes() == hub.repositories[REPO]["a/model.pt"]
+
+
+def test_a_download_that_is_cut_is_resumed_or_made_anew(hub, tmp_path):
+    hub.cut["a/model.pt"] = 1
+    for _ in range(2):  # huggingface_hub 0.x gives up at the first cut and resumes in the next call
+        try:
+            path = rae_encoder.local_file(f"hub:{REPO}/a/model.pt", "--flow")
+            break
+        except SystemExit as error:
+            assert f"a/model.pt of {REPO} can't be fetched" in str(error)
+            assert not blobs(tmp_path)
+    assert Path(path).read_bytes() == hub.repositories[REPO]["a/model.pt"]
+    assert bodies(hub) == 2
+
+
+def test_a_download_that_is_always_cut_is_never_read(hub, tmp_path):
+    hub.cut["a/model.pt"] = 1000
+    line = message(rae_encoder.read_weights, f"hub:{REPO}/a/model.pt", "--decoder")
+    assert line.startswith(f"--decoder hub:{REPO}/a/model.pt: a/model.pt of {REPO} can't be fetched")
+    assert line.endswith("a local file does as well")
+    assert not blobs(tmp_path) and not list(tmp_path.glob("hub-cache/*/snapshots/*/a/model.pt"))
+
+    hub.cut.clear()
+    path = rae_encoder.local_file(f"hub:{REPO}/a/model.pt", "--decoder")
+    assert Path(path).read_bytes() == hub.repositories[REPO]["a/model.pt"]
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        (
+            f"{REPO}/b.pt",
+            rf"--x hub:{REPO}/b.pt: b.pt of {REPO} can't be .* \(\w*EntryNotFoundError: 404 .*\)",
+        ),
+        (
+            "no/repo/b.pt",
+            r"--x hub:no/repo/b.pt: b.pt of no/repo can't be .* \(RepositoryNotFoundError: 401 .*\)",
+        ),
+        ("no/repo", r"--x hub:no/repo: diffusion_pytorch_model.safetensors of no/repo can't be .* \(Rep.*\)"),
+        (
+            "no--such/repo/b.pt",
+            r"--x hub:no--such/repo/b.pt: b.pt of no--such/repo .* \(HFValidationError: .*\)",
+        ),
+    ],
+)
+def test_what_the_hub_has_not_ends_in_one_line(hub, name, line):
+    assert re.fullmatch(
+        f"{line}; a local file does as well", message(rae_encoder.local_file, f"hub:{name}", "--x")
+    )
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:model.pt", "hub:/repo/model.pt", "hub:owner//model.pt"])
+def test_names_of_no_repository(name):
+    assert message(rae_encoder.local_file, name, "--x") == f"--x {name}: expected hub:OWNER/REPO/PATH"
+
+
+def test_no_server_at_all(hub, monkeypatch, capsys):
+    use_endpoint(monkeypatch, 1)  # nothing listens there
+    line = message(rae_encoder.local_file, f"hub:{REPO}/a/model.pt", "--flow")
+    assert re.fullmatch(
+        f"--flow .*: a/model.pt of {REPO} can't be fetched .*; a local file does as well", line
+    )
+    assert f"hub:{REPO}/a/model.pt: fetching" in capsys.readouterr().err
+
+
+def test_without_network_the_cache_serves(hub, monkeypatch):
+    name = f"hub:{REPO}/a/model.pt"
+    path = rae_encoder.local_file(name, "--flow")
+
+    with monkeypatch.context() as unreachable:
+        use_endpoint(unreachable, 1)
+        assert rae_encoder.local_file(name, "--flow") == path
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    number = len(hub.requests)
+    assert rae_encoder.local_file(name, "--flow") == path
+    assert "can't be fetched" in message(rae_encoder.local_file, f"hub:{REPO}/b.pt", "--flow")
+    assert len(hub.requests) == number
+
+
+def test_timms_own_downloads_are_named(hub, capsys):
+    line = message(rae_encoder.Encoder, "dinov2-small")
+    name = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
+    assert f"hub:{name}/model.safetensors: fetching" in capsys.readouterr().err
+    assert f"model.safetensors of {name} can't be fetched" in line
+    assert "--encoder-weights FILE takes a local copy" in line
+
+
+# The released networks
+
+
+SIZES = {"width": 32, "depth": 2, "heads": 2, "head_width": 32, "head_depth": 2, "head_heads": 2}
+SHAPE = (6, 16, 16)
+
+
+def as_bytes(file):
+    path = Path(f"bytes-{os.getpid()}.pt")
+    torch.save(file, path)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    model = dit_dh.build("DiT-DH-S", SHAPE, 1000, **SIZES)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.15)
+    return model.state_dict()
+
+
+def statistics(seed):
+    torch.manual_seed(seed)
+    return {"mean": torch.randn(SHAPE), "var": torch.rand(SHAPE) + 0.5}
+
+
+@pytest.fixture
+def released(server, tmp_path, monkeypatch):
+    """The files of both presets by their released names, as the authors lay them out -> {path: dict}."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    white = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    decoder = rae_decoder_train.Decoder(name="ViT-mini", channels=6, grid=16, patch_size=2, **white)
+    files = {
+        "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt": network(1),
+        "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt": network(2),
+        "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt": network(3),
+        "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt": network(4),
+        "decoders/dinov2/wReg_base/ViTXL_n08/model.pt": decoder.state_dict(),
+        "decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt": decoder.state_dict(),
+        "stats/dinov2/wReg_base/imagenet1k/stat.pt": statistics(5),
+        "stats/dinov2/wReg_base/imagenet1k_512/stat.pt": statistics(6),
+    }
+    server.repositories[REPO] = {path: as_bytes(file) for path, file in files.items()}
+    return files
+
+
+def pixels(folder, num=2):
+    return np.stack([np.array(Image.open(f"{folder}/{i:06d}.png")) for i in range(num)])
+
+
+FAST = "-n 2 --steps 2 --precision fp32 --device cpu --no-compile"
+
+
+@pytest.mark.parametrize(
+    "size, flow, weak, scale", [(256, "XL", "S_ep14", 1.42), (512, "XL_ep400", "S_ep20", 1.5)]
+)
+def test_presets_are_the_released_networks(hub, released, size, flow, weak, scale, capsys):
+    folder = f"DiTs/Dinov2/wReg_base/ImageNet{size}/DiTDH-"
+    torch.save(released[f"{folder}{flow}/stage2_model.pt"], "flow.pt")
+    torch.save(released[f"{folder}{weak}/stage2_model.pt"], "weak.pt")
+    torch.save(released["decoders/dinov2/wReg_base/ViTXL_n08/model.pt"], "decoder.pt")
+    suffix = "" if size == 256 else "_512"
+    torch.save(released[f"stats/dinov2/wReg_base/imagenet1k{suffix}/stat.pt"], "stats.pt")
+    local = f"{FAST} --flow flow.pt --decoder decoder.pt --stats stats.pt"
+
+    for guide, local_guide in (("", ""), ("--autoguide", f"--autoguide weak.pt --cfg {scale}")):
+        hub.requests.clear()
+        sample.main(f"--preset imagenet{size} {FAST} {guide} --out preset{guide}".split())
+        files = 4 if guide else 3
+        assert len({path for _, path in hub.requests}) == files
+        assert f"hub:{REPO}/{folder}{flow}/stage2_model.pt" in capsys.readouterr().err
+        sample.main(f"{local} {local_guide} --out local{guide}".split())
+        np.testing.assert_array_equal(pixels(f"preset{guide}"), pixels(f"local{guide}"))
+        settings = json.loads(Path(f"preset{guide}/settings.json").read_text())
+        assert settings["cfg"] == (scale if guide else 1)
+        assert settings == json.loads(Path(f"local{guide}/settings.json").read_text())
+    assert not np.array_equal(pixels("preset"), pixels("preset--autoguide"))
+
+
+def test_the_scale_of_autoguide_can_be_given(hub, released):
+    assert sample.parse_args(["--preset", "imagenet256", "--autoguide", "--cfg", "2"]).cfg == 2
+    assert sample.parse_args(["--preset", "imagenet512", "--autoguide"]).cfg == 1.5
+    assert sample.parse_args(["--preset", "imagenet256"]).cfg is None
+    line = "--autoguide: expected FILE, but with --preset imagenet256 or imagenet512"
+    for flags in ("--autoguide", "--preset small --autoguide --cfg 2", "--autoguide --npz"):
+        assert message(sample.parse_args, flags.split()) == line
+    assert "--cfg SCALE" in message(sample.parse_args, ["--preset", "imagenet256", "--autoguide", "weak.pt"])
+    assert "--cfg SCALE" in message(
+        sample.parse_args, ["--preset", "imagenet256", "--autoguide", "--cfg", "1"]
+    )
+
+
+def test_whose_statistics_count(hub, released):
+    """--stats, then those in the flow, then in the decoder, then the preset's."""
+    flags = sample.parse_args(["--preset", "imagenet256"])
+    given = sample.parse_args(["--preset", "imagenet256", "--stats", "given.pt"])
+    torch.save(statistics(8), "given.pt")
+    decoder = {"statistics": tuple(statistics(9).values())}
+    seeds = [
+        (given, statistics(7), decoder, 8),
+        (flags, statistics(7), decoder, 7),
+        (flags, {}, decoder, 9),
+        (flags, {}, {}, 5),
+    ]
+    for args, file, config, seed in seeds:
+        mean, std = sample.open_statistics(args, file, config, SHAPE, "cpu")
+        assert torch.equal(mean, statistics(seed)["mean"])
+        assert torch.allclose(std**2 - 1e-5, statistics(seed)["var"], atol=1e-6)
+    args = sample.parse_args(["--flow", "bare.pt"])
+    assert "--flow bare.pt: a bare state dict needs" in message(
+        sample.open_statistics, args, {}, {}, SHAPE, "cpu"
+    )
+
+
+@pytest.mark.slow
+def test_one_command_and_then_without_network(server, released, tmp_path):
+    """As a user has it: HF_ENDPOINT and HF_HUB_OFFLINE are of the environment, the cache is the hub's own."""
+    command = f"{ROOT / 'sample.py'} --preset imagenet256 --autoguide {FAST}".split()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(name, None)
+    run = [sys.executable, *command, "--out"]
+    first = subprocess.run([*run, "a"], env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    names = [name for name in released if "256" in name or name.endswith(("n08/model.pt", "1k/stat.pt"))]
+    assert len(names) == 4
+    for name in names:
+        assert f"hub:{REPO}/{name}: fetching it into {tmp_path / 'home' / 'hub'}" in first.stderr
+        assert bodies(server, name) == 1
+
+    number = len(server.requests)
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    second = subprocess.run([*run, "b"], env=offline, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert len(server.requests) == number
+    np.testing.assert_array_equal(pixels("a"), pixels("b"))
+
+
+@pytest.mark.parametrize("flag", ["--flow", "--decoder", "--stats", "--autoguide"])
+def test_sampling_takes_hub_names_one_by_one(hub, released, flag):
+    flags = sample.parse_args(["--preset", "imagenet256", "--autoguide"])
+    flags = {
+        "--flow": flags.flow,
+        "--decoder": flags.decoder,
+        "--stats": sample.RELEASED["imagenet256"]["stats"],
+    }
+    flags |= {"--autoguide": sample.RELEASED["imagenet256"]["weak"], "--cfg": "1.42"}
+    flags[flag] = f"hub:{REPO}/none.pt"
+    line = message(sample.main, [*FAST.split(), *(part for pair in flags.items() for part in pair)])
+    assert line.startswith(f"{flag} hub:{REPO}/none.pt: none.pt of {REPO} can't be fetched")
+
+
+# The other files of weights, and what the authors' trainings leave
+
+
+def test_encoders_and_starts_come_from_the_hub(hub, released):
+    encoder = rae_encoder.Encoder("test_vit", 32, 32, "random")
+    hub.repositories["a/b"] = {"vit.pt": as_bytes(rae_encoder.load_vit("test_vit", "random").state_dict())}
+    assert rae_encoder.Encoder("test_vit", 32, 32, "hub:a/b/vit.pt").hash == encoder.hash
+
+    model = dit_dh.build("DiT-DH-S", SHAPE, 1000, **SIZES)
+    name = "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"
+    flow_train.initialise(model, f"hub:{REPO}/{name}")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in released[name].items())
+
+
+def test_the_authors_stage_2_checkpoint_is_read(tmp_path):
+    """As their training saves it: model, EMA and more, with the prefixes of torch.compile and of DDP."""
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        ema = {f"{prefix}{key}": value for key, value in network(1).items()}
+        torch.save(
+            {"model": network(2), "ema": ema, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "x.pt"
+        )
+        state = dit_dh.load(tmp_path / "x.pt").state_dict()
+        assert all(torch.equal(state[key], value) for key, value in network(1).items())
+
+
+class TheirNorm(nn.Module):
+    """Their BatchNormLocal: over the tokens of one image."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return x * self.weight[None, :, None] + self.bias[None, :, None]
+
+
+class TheirResidual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return (self.fn(x) + x) / math.sqrt(2)
+
+
+def their_layer(width, size):
+    convolution = nn.Conv1d(width, width, size, padding=size // 2, padding_mode="circular")
+    return nn.Sequential(nn.utils.spectral_norm(convolution), TheirNorm(width), nn.LeakyReLU(0.2))
+
+
+def their_head(width):
+    last = nn.utils.spectral_norm(nn.Conv1d(width, 1, 1))
+    return nn.Sequential(their_layer(width, 1), TheirResidual(their_layer(width, 9)), last)
+
+
+@pytest.mark.parametrize("layout", ["bare", "checkpoint"])
+def test_the_authors_heads_are_a_start(hub, tmp_path, monkeypatch, layout):
+    width = 384
+    load_vit = rae_encoder.load_vit
+    asked = []
+
+    def untrained(name, weights, flag):
+        asked.append(weights)
+        return load_vit(name, "random", flag)
+
+    monkeypatch.setattr(rae_encoder, "load_vit", untrained)
+    torch.manual_seed(3)
+    theirs = nn.ModuleList(their_head(width) for _ in range(5)).eval()
+    heads = {f"heads.{key}": value for key, value in theirs.state_dict().items()}
+    file = heads if layout == "bare" else {"model": {}, "ema": {}, "disc": heads}
+    hub.repositories["a/b"] = {"disc.pt": as_bytes(file)}
+    disc = rae_decoder_train.Discriminator("hub:a/b/disc.pt").eval()
+    assert asked == [None]
+
+    x = torch.randn(2, width, 50)
+    for ours, head in zip(disc.heads, theirs, strict=True):
+        first, second, last = ours
+        h = first(x)
+        y = last((h + second(h)) / math.sqrt(2))
+        torch.testing.assert_close(y, head(x), rtol=1e-5, atol=1e-5)
+
+    # Another start than the untrained one; and heads of another width end in one line.
+    before = rae_decoder_train.Discriminator("random").heads[0][2].bias
+    assert not torch.equal(before, disc.heads[0][2].bias)
+    torch.save(
+        {f"heads.{key}": value for key, value in their_head(8).state_dict().items()}, tmp_path / "x.pt"
+    )
+    line = message(rae_decoder_train.Discriminator, str(tmp_path / "x.pt"))
+    assert line.startswith(f"--disc-weights {tmp_path / 'x.pt'}: other heads (")
+
+
+def test_an_autoencoder_of_diffusers_is_two_files_of_a_repository(hub, tmp_path):
+    torch.manual_seed(0)
+    decoder = rae_decoder_train.Decoder("ViT-mini", 384, 16, 2, [0.5] * 3, [0.5] * 3).eval()
+    folder = write_autoencoder(tmp_path / "rae", "dinov2", 384, 14, decoder)
+    hub.repositories["nyu/rae"] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    hub.repositories["nyu/half"] = {"config.json": Path(folder, "config.json").read_bytes()}
+
+    z = torch.randn(1, 384, 16, 16)
+    for name in ("hub:nyu/rae", "hub:nyu/rae/", folder):
+        read, config = rae_decoder_train.load_decoder(name)
+        assert config["encoder"] == "dinov2-small"
+        with torch.no_grad():
+            assert torch.equal(read(z), decoder(z))
+    line = message(rae_decoder_train.load_decoder, "hub:nyu/half")
+    assert "diffusion_pytorch_model.safetensors of nyu/half can't be fetched" in line
