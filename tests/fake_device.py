@@ -2,7 +2,7 @@
 
     python -m pytest -q tests/fake_device.py      # no GPU, no driver; nothing is computed
 
-torch's FakeTensorMode knows shapes, dtypes and devices, and in it, as on a GPU, an operation on tensors of two
+torch's FakeTensorMode knows shapes, dtypes and devices. In it, as on a GPU, an operation on tensors of two
 devices is an error. Fake "cuda" tensors can't go backward without a driver, so the device is one of Python's
 own, "gpu". To register it changes torch for the whole process: these tests must have one to themselves.
 """
