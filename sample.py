@@ -43,8 +43,10 @@ from rae_encoder import (
     bounded,
     check_pair,
     choose_precision,
+    compile_blocks,
     count,
     even_order,
+    exact_fp32,
     fingerprint,
     fraction,
     join_ranks,
@@ -324,10 +326,7 @@ def prepare(model, device, compiled, **options):
     options: of network_velocity.
     """
     model.to(device)
-    if compiled or (compiled is None and device.type == "cuda"):
-        # Block by block, since blocks of one size share what is compiled.
-        for block in model.blocks:
-            block.compile()
+    compile_blocks(model.blocks, compiled, device)
     return partial(network_velocity, model, **options)
 
 
@@ -460,9 +459,11 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
         order = [[keys[i] for i in indices] for indices in batches]
         loaded = load_images(data, order, device, args.workers)
         for indices, (x, _) in zip(batches, loaded, strict=True):
-            z = encoder(x)  # (B,C,G,G)
-            noise = draw_noise(indices, z.shape[1:], args.seed).to(device)  # (B,C,G,G)
-            yield decoder(z + args.latent_noise * noise)  # (B,3,S,S)
+            with exact_fp32():  # these images are for evaluation
+                z = encoder(x)  # (B,C,G,G)
+                noise = draw_noise(indices, z.shape[1:], args.seed).to(device)  # (B,C,G,G)
+                xhat = decoder(z + args.latent_noise * noise)  # (B,3,S,S)
+            yield xhat
 
     return Job(number, settings, images, originals=data)
 

@@ -1,86 +1,167 @@
-"""The speed of each part, as a share of what this machine's matrix products reach; no test.
+"""The speed and the memory of each part, beside what this machine can do at best; no test.
 
     python tests/bench.py --quick           # about a minute on two cores
     python tests/bench.py --only dit --json
+    python tests/bench.py --only memory     # the README's table of GPU memory; needs no GPU
 
-Each row: the fastest of a few calls after a first one, in milliseconds; floating-point operations a second as
-torch counts them; their share of a large square matrix product's in the same precision; images a second.
+A row has the fastest of a few calls after a first one, in milliseconds, its floating-point operations a
+second as torch counts them, and two shares. `of limit`: of the rate of a large square matrix product in the
+same precision. `of own`: of the part's time the share in which its own matrix products would be done, each
+shape measured by itself, since shapes of a network are slower than a large square.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import weakref
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import dit_dh  # noqa: E402
 import fid  # noqa: E402
+import flow_train  # noqa: E402
 import rae_decoder_train  # noqa: E402
 import rae_encoder  # noqa: E402
 import sample  # noqa: E402
 
-LATENT, CLASSES = (768, 16, 16), 1000  # DINOv2-B at 256 px, ImageNet
+LATENT = (768, 16, 16)  # of DINOv2-B at 256 px
+CLASSES = 1000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def clock():
+# Measuring
+
+
+def fastest(run, repeats):
+    """Seconds of the fastest of `repeats` calls."""
+    seconds = math.inf
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def synchronize():
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by (operation, (shape, strides, dtype) of each tensor)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            tensors = [(tuple(x.shape), x.stride(), x.dtype) for x in args]
+            self.calls[(operation, *tensors)] += 1
+        return operation(*args, **kwargs or {})
+
+    def seconds(self, repeats):
+        """Of all of them together, each shape measured by itself."""
+        total = 0.0
+        for (operation, *tensors), calls in self.calls.items():
+            inputs = []
+            for shape, strides, dtype in tensors:
+                x = torch.empty_strided(shape, strides, dtype=dtype, device=DEVICE)
+                inputs.append(x.normal_())
+            operation(*inputs)
+            total += calls * fastest(partial(operation, *inputs), repeats)
+        return total
 
 
 class Table:
-    """Prints a row at a time; knows the limit of each precision, to which rates are compared."""
+    """Prints a row at a time; knows the limit of each precision, with which rates are compared."""
 
     def __init__(self, quick, as_json):
-        self.repeats, self.as_json, self.limit = 1 if quick else 3, as_json, {}
-        if not as_json:
-            print(f"{'part':<44}{'ms':>10}{'GFLOP/s':>10}{'share':>8}{'images/s':>10}")
+        self.repeats = 1 if quick else 3
+        self.as_json = as_json
+        self.limit = {}
 
-    def add(self, part, run, images=0, precision=None, repeats=None):
-        """Times run(); returns the seconds of the fastest call. Without repeats the first call is all."""
-        repeats, flops, seconds = self.repeats if repeats is None else repeats, 0, math.inf
-        if repeats:  # the first call warms up, and its operations are counted
-            with FlopCounterMode(display=False) as counter:
-                run()
-            flops = counter.get_total_flops() if precision else 0
-        for _ in range(max(1, repeats)):
-            start = clock()
+    def head(self):
+        if not self.as_json:
+            print(f"{'part':<48}{'ms':>10}{'GFLOP/s':>10}{'of limit':>10}{'of own':>8}{'images/s':>10}")
+
+    def add(self, part, run, images=0, precision=None):
+        """Times run(), counting its operations where a precision is given; returns the seconds."""
+        with FlopCounterMode(display=False) as counter, Products() as products:
             run()
-            seconds = min(seconds, clock() - start)
+        seconds = fastest(run, self.repeats)
         row = {"part": part, "ms": 1e3 * seconds}
-        if flops:
-            rate = flops / seconds / 1e9
-            row |= {"gflops": rate, "share": rate / self.limit.setdefault(precision, rate)}
-        if images:
-            row["images_per_s"] = images / seconds
-        if self.as_json:
-            print(json.dumps(row), flush=True)
-        else:
-            rate = f"{row['gflops']:10.0f}{row['share']:8.0%}" if flops else " " * 18
-            speed = f"{row['images_per_s']:10.1f}" if images else ""
-            print(f"{part:<44}{row['ms']:10.1f}{rate}{speed}", flush=True)
+        if precision:
+            row["gflops"] = counter.get_total_flops() / seconds / 1e9
+            row["of_limit"] = row["gflops"] / self.limit[precision]
+        if precision and products.calls:
+            row["of_own"] = products.seconds(self.repeats) / seconds
+        self.show(row, images)
         return seconds
 
-    def note(self, what, value):
-        print(
-            json.dumps({"part": what.strip(), "value": value}) if self.as_json else f"{what:<44}{value:10.3g}"
-        )
+    def add_once(self, part, run, images=0):
+        """Times one call, the first."""
+        seconds = fastest(run, 1)
+        self.show({"part": part, "ms": 1e3 * seconds}, images)
+        return seconds
+
+    def add_limit(self, precision):
+        """The rate of a large square product."""
+        size = 8192 if DEVICE.type == "cuda" else 2048
+        a = torch.randn(size, size, device=DEVICE).to(DTYPES[precision])
+        torch.mm(a, a)
+        seconds = fastest(partial(torch.mm, a, a), 20)
+        self.limit[precision] = 2 * size**3 / seconds / 1e9
+        part = f"matrix product {precision}: the limit"
+        self.show({"part": part, "ms": 1e3 * seconds, "gflops": self.limit[precision]}, 0)
+
+    def show(self, row, images):
+        if images:
+            row["images_per_s"] = images / row["ms"] * 1e3
+        if self.as_json:
+            print(json.dumps(row), flush=True)
+            return
+        cells = [
+            f"{row['part']:<48}{row['ms']:10.1f}",
+            f"{row['gflops']:10.0f}" if "gflops" in row else " " * 10,
+            f"{row['of_limit']:10.2f}" if "of_limit" in row else " " * 10,
+            f"{row['of_own']:8.2f}" if "of_own" in row else " " * 8,
+            f"{row['images_per_s']:10.1f}" if images else "",
+        ]
+        print("".join(cells), flush=True)
+
+    def note(self, part, value):
+        if self.as_json:
+            print(json.dumps({"part": part.strip(), "value": value}), flush=True)
+        else:
+            print(f"{part:<48}{value:10.3g}", flush=True)
+
+
+# Speed
 
 
 def autocast(precision):
@@ -89,7 +170,7 @@ def autocast(precision):
 
 def training_step(model, loss, precision):
     """-> a function that makes one step of AdamW on loss(model)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = rae_decoder_train.adamw(model, 1e-4)
 
     def step():
         with autocast(precision):
@@ -111,160 +192,419 @@ def forward(run, precision):
     return call
 
 
-def bench_dit(table, quick):
+def flow_inputs(batch):
+    """Latents, times and labels."""
+    x = torch.randn(batch, *LATENT, device=DEVICE)
+    t = torch.rand(batch, device=DEVICE)
+    y = torch.randint(CLASSES, (batch,), device=DEVICE)
+    return x, t, y
+
+
+def bench_dit(table, quick, precision):
     model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE)
-    for batch, precision in ((4, "bf16"),) if quick else ((4, "bf16"), (16, "bf16"), (4, "fp32")):
-        x, t = torch.randn(batch, *LATENT, device=DEVICE), torch.rand(batch, device=DEVICE)
-        y = torch.randint(CLASSES, (batch,), device=DEVICE)
+    for batch in (4,) if quick else (4, 16):
+        x, t, y = flow_inputs(batch)
         name = f"DiT-DH-S batch {batch} {precision}"
         table.add(f"{name} forward", forward(partial(model.eval(), x, t, y), precision), batch, precision)
-        step = training_step(model.train(), lambda m, x=x, t=t, y=y: F.mse_loss(m(x, t, y), x), precision)
+        loss = partial(flow_train.flow_loss, x=x, y=y, t=t, eps=torch.randn_like(x))
+        step = training_step(model.train(), loss, precision)
         table.add(f"{name} training step", step, batch, precision)
 
 
-def bench_compile(table, quick):
-    """Only where there is CUDA, or by name: on a CPU compiling takes minutes."""
+def bench_compile(table, quick, precision):
+    """By name alone on a CPU, where compiling takes minutes."""
     model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE).eval()
-    x, t = torch.randn(4, *LATENT, device=DEVICE), torch.rand(4, device=DEVICE)
-    y = torch.zeros(4, dtype=torch.long, device=DEVICE)
-    eager, compiled = (forward(lambda m=m: m(x, t, y), "bf16") for m in (model, torch.compile(model)))
-    table.add("compiling DiT-DH-S", compiled, repeats=0)
-    before = table.add("DiT-DH-S batch 4 bf16 forward", eager, 4, "bf16")
-    after = table.add("  compiled", compiled, 4, repeats=0)  # the counter of operations would recompile it
+    run = forward(partial(model, *flow_inputs(4)), precision)
+    name = f"DiT-DH-S batch 4 {precision} forward"
+    before = table.add(name, run, 4, precision)
+    rae_encoder.compile_blocks(model.blocks, True, DEVICE)
+    table.add_once("  compiling it, block by block", run)
+    after = fastest(run, table.repeats)
     table.note("  times faster", before / after)
 
 
-def peak_memory(network, batch, recompute):
-    """Bytes that bf16 training steps of L1 take at most, in a process of its own."""
-    if network.startswith("ViT"):
-        model = rae_decoder_train.Decoder(network, 768, 16, 16, [0.5] * 3, [0.5] * 3)
-        model.recomputes, inputs = recompute, (torch.randn(batch, *LATENT, device=DEVICE),)
-    else:
-        model = dit_dh.build(network, LATENT, CLASSES)
-        model.checkpoint_activations = recompute
-        y = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-        inputs = torch.randn(batch, *LATENT, device=DEVICE), torch.rand(batch, device=DEVICE), y
-    rae_encoder.keep_freed_memory()
-    step = training_step(model.to(DEVICE), lambda m: m(*inputs).abs().mean(), "bf16")
-    step(), step()  # AdamW's state is there from the second on
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def bench_memory(table, quick):
-    """By name alone: DiT-DH-XL takes 16 GB, and minutes on a CPU. Gradients and AdamW's state are in it."""
-    for network in ("DiT-DH-S", "ViT-B") if quick else ("DiT-DH-XL", "ViT-XL"):
-        for recompute in (False, True):
-            few, many = 1, 5
-            with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-                one, five = (pool.submit(peak_memory, network, n, recompute).result() for n in (few, many))
-            name = f"{network} bf16 step{', recomputing' * recompute}"
-            table.note(f"{name}: GB", one / 1e9)
-            table.note("  for each further image: GB", (five - one) / (many - few) / 1e9)
-
-
-def bench_decoder(table, quick):
+def bench_decoder(table, quick, precision):
     batch = 2 if quick else 8
-    z, images = torch.randn(batch, *LATENT, device=DEVICE), torch.rand(batch, 3, 256, 256, device=DEVICE)
+    z = torch.randn(batch, *LATENT, device=DEVICE)
+    images = torch.rand(batch, 3, 256, 256, device=DEVICE)
     decoder = rae_decoder_train.Decoder("ViT-B", 768, 16, 16, [0.5] * 3, [0.5] * 3).to(DEVICE)
-    step = training_step(decoder, lambda m: F.l1_loss(m(z), images), "bf16")
-    table.add(f"stage 1 step, ViT-B, L1, batch {batch} bf16", step, batch, "bf16")
+    step = training_step(decoder, lambda model: F.l1_loss(model(z), images), precision)
+    table.add(f"stage 1 step, ViT-B, L1, batch {batch} {precision}", step, batch, precision)
 
 
-def bench_encoder(table, quick):
+def bench_encoder(table, quick, precision):
     encoder = rae_encoder.Encoder("vit_base_patch14_reg4_dinov2", weights="random").to(DEVICE)
     images = torch.rand(4 if quick else 16, 3, 256, 256, device=DEVICE)
-    for precision in ("bf16", "fp32"):
-        run = forward(lambda: encoder(images), precision)
-        table.add(f"encoder DINOv2-B batch {len(images)} {precision}", run, len(images), precision)
+    # Stage 2 and statistics encode in fp32 whatever the precision.
+    for used in sorted({precision, "fp32"}):
+        part = f"encoder DINOv2-B batch {len(images)} {used}"
+        table.add(part, forward(partial(encoder, images), used), len(images), used)
 
 
-def bench_sampler(table, quick):
+def bench_sampler(table, quick, precision):
     """CFG in half of the steps doubles the network's work there: 1.5 times the time is no loss."""
     model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE).eval()
-    batch, grid = 2, sample.time_grid(4, 1.0)  # t = 1, 3/4, 1/2, 1/4, 0
-    noise = torch.randn(batch, *LATENT, device=DEVICE)
-    y = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    grid = sample.time_grid(4, 1.0)  # t = 1, 3/4, 1/2, 1/4, 0
+    noise, _, y = flow_inputs(2)
+    network = partial(sample.network_velocity, model)
+    guided = partial(sample.guided_velocity, y=y, network=network, interval=(0, 0.6), null=CLASSES)
 
-    def network(x, t, y):
-        return model(x, x.new_full((len(x),), t), y).float()
+    def latents(scale):
+        return sample.sample_latents(partial(guided, scale=scale), noise, grid)
 
-    def images(scale):
-        velocity = lambda x, t: sample.guided_velocity(x, t, y, network, None, scale, (0, 0.6), CLASSES)  # noqa: E731
-        return sample.sample_latents(velocity, noise, grid)
-
-    plain = table.add("sampler, 4 steps, unguided, bf16", forward(lambda: images(1), "bf16"), batch, "bf16")
-    guided = table.add("  with CFG in 2 of them", forward(lambda: images(1.5), "bf16"), batch, "bf16")
-    table.note("  times unguided", guided / plain)
+    part = f"sampler, 4 steps, unguided, {precision}"
+    plain = table.add(part, forward(partial(latents, 1), precision), 2, precision)
+    doubled = table.add("  with CFG in 2 of them", forward(partial(latents, 1.5), precision), 2, precision)
+    table.note("  times unguided", doubled / plain)
 
 
-def bench_inception(table, quick):
+def bench_inception(table, quick, precision):
     images = torch.randint(0, 256, (8 if quick else 16, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
     network = fid.Inception().fold().to(DEVICE)
-    run = forward(lambda: network(images), "fp32")
-    table.add(f"Inception batch {len(images)} fp32", run, len(images), "fp32")
+    with rae_encoder.exact_fp32():
+        run = forward(partial(network, images), "fp32")
+        table.add(f"Inception batch {len(images)} fp32", run, len(images), "fp32")
 
 
-def bench_frechet(table, quick):
+def bench_frechet(table, quick, precision):
     one, two = (fid.moments(torch.randn(3000, 2048) @ torch.randn(2048, 2048)) for _ in range(2))
-    seconds = table.add("Frechet distance, 2048 dimensions", lambda: fid.frechet_distance(*one, *two))
+    seconds = table.add("Frechet distance, 2048 dimensions", partial(fid.frechet_distance, *one, *two))
     if quick:
         return
-    start = clock()
+    start = time.perf_counter()
     root = scipy.linalg.sqrtm((one[1] @ two[1]).numpy()).real.trace()
-    table.note("  times faster than scipy.linalg.sqrtm", (clock() - start) / seconds)
+    table.note("  times faster than scipy.linalg.sqrtm", (time.perf_counter() - start) / seconds)
     theirs = ((one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * root).item()
     table.note("  relative difference from it", abs(fid.frechet_distance(*one, *two) / theirs - 1))
 
 
-def bench_programs(table, quick):
+def bench_programs(table, quick, precision):
     """Images a second of the loader, and of whole commands, their start included."""
     num = 64 if quick else 200
     with tempfile.TemporaryDirectory() as folder:
-        data, out = os.path.join(folder, "demo"), os.path.join(folder, "samples")
+        data = os.path.join(folder, "demo")
         rae_encoder.draw_demo(data, num)
         images = rae_encoder.ImageData(data, 32)
         order = rae_encoder.even_order(len(images), num, 32)
-        loader = lambda: sum(len(x) for x, _ in rae_encoder.load_images(images, order, DEVICE))  # noqa: E731
-        table.add("loader, 32 px, no workers", loader, num)
+        table.add(
+            "loader, 32 px, no workers", lambda: list(rae_encoder.load_images(images, order, DEVICE)), num
+        )
 
         torch.save(dit_dh.build("DiT-S", (384, 16, 16), 10).state_dict(), f"{folder}/flow.pt")
         decoder = rae_decoder_train.Decoder("ViT-S", 384, 16, 16, [0.5] * 3, [0.5] * 3)
         torch.save(decoder.state_dict(), f"{folder}/decoder.pt")
         torch.save({"mean": torch.zeros(384, 16, 16), "var": torch.ones(384, 16, 16)}, f"{folder}/stats.pt")
         files = [f"--{name}={folder}/{name}.pt" for name in ("flow", "decoder", "stats")]
-        judge = ["fid.py", data, "--ref", data, "--inception-weights", "random"]
-        draw = ["sample.py", *files, "--steps=5", "--num=8", "--out", out]
-        for part, words, count in (
-            (f"fid.py, {2 * num} images", judge, 2 * num),
-            ("sample.py, DiT-S, ViT-S, 256 px, 5 steps", draw, 8),
-        ):
-            command = partial(subprocess.run, [sys.executable, *words], cwd=ROOT, check=True)
-            table.add(part, partial(command, capture_output=True), count, repeats=0)
+        out = os.path.join(folder, "samples")
+        commands = (
+            (
+                f"fid.py, {2 * num} images",
+                2 * num,
+                ["fid.py", data, "--ref", data, "--inception-weights", "random"],
+            ),
+            (
+                "sample.py, DiT-S, ViT-S, 5 steps",
+                8,
+                ["sample.py", *files, "--steps=5", "--num=8", "--out", out],
+            ),
+        )
+        for part, count, words in commands:
+            command = [sys.executable, *words]
+            table.add_once(
+                part, lambda c=command: subprocess.run(c, cwd=ROOT, check=True, capture_output=True), count
+            )
+
+
+# Memory of a training step, by tensors that have shapes but no values
+
+
+class PeakMemory(TorchDispatchMode):
+    """The bytes of the storages that live, rounded as by CUDA's allocator, and the most of them so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}  # of the living, by id
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        tree_map_only(torch.Tensor, self.count, result)
+        return result
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.sizes:
+            self.sizes[id(storage)] = 512 * math.ceil(storage.nbytes() / 512)
+            self.live += self.sizes[id(storage)]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, id(storage))
+
+    def forget(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+def autocast_like_cuda():
+    """Casts in the CPU's autocast what else CUDA's casts: copies that wait for the backward pass.
+
+    Returns what holds while it lives. Of CUDA's list these are the operations that get bf16 in our steps.
+    """
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    for name in ("pow.Tensor_Scalar", "sum.dim_IntList", "addcmul"):
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        library.impl(name, partial(in_fp32, operation, mixed=name == "addcmul"))
+    return library
+
+
+def in_fp32(operation, *args, mixed, **options):
+    """The operation on fp32 copies of its bf16 arguments; mixed: only where another is fp32 already."""
+    dtypes = {x.dtype for x in args if isinstance(x, torch.Tensor)}
+    if not mixed or torch.float32 in dtypes:
+        args = tree_map_only(torch.Tensor, torch.Tensor.float, args)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        return operation(*args, **options)
+
+
+def flow_step(name, batch, size, recompute, precision, place):
+    """Stage 2 -> (its step, the networks that it trains). place: how a network is made of its function."""
+    encoder = place(partial(make_encoder, size))
+    latent = (encoder.width, encoder.grid, encoder.grid)
+    network = place(partial(dit_dh.build, name, latent, CLASSES)).train()
+    network.checkpoint_activations = recompute
+    optimizer = flow_train.adamw(network, 1e-4)
+    settings = {"time_dist": "logit-normal", "shift": 7.0, "clip": 1.0, "accum": 1, "precision": precision}
+
+    def step():
+        z = encoder(torch.zeros(batch, 3, size, size))
+        flow_train.train_step(network, optimizer, z, torch.zeros(batch).long(), **settings)
+
+    return step, [network]
+
+
+def decoder_step(name, batch, size, recompute, precision, place):
+    """Stage 1 with LPIPS and GAN, as flow_step."""
+    encoder = place(partial(make_encoder, size))
+    sizes = (encoder.width, encoder.grid, 16, [0.5] * 3, [0.5] * 3)
+    decoder = place(partial(rae_decoder_train.Decoder, name, *sizes))
+    decoder.checkpoint_activations = recompute
+    perceptual = place(partial(rae_decoder_train.perceptual_loss, "random"))
+    disc = place(partial(rae_decoder_train.Discriminator, "random")).eval()
+    optimizer = rae_decoder_train.adamw(decoder, 1e-4)
+    disc_optimizer = rae_decoder_train.adamw(disc.heads, 1e-4)
+    settings = {"noise_tau": 0.8, "lpips_weight": 1.0, "gan_weight": 0.75, "accum": 1, "precision": precision}
+
+    def step():
+        images = torch.zeros(batch, 3, size, size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            z = encoder(images)
+        rae_decoder_train.decoder_step(decoder, optimizer, images, z, perceptual, disc, **settings)
+        rae_decoder_train.disc_step(disc, disc_optimizer, images, z, decoder, 1, precision)
+
+    return step, [decoder, disc.heads]
+
+
+def make_encoder(size):
+    return rae_encoder.Encoder("vit_base_patch14_reg4_dinov2", image_size=size, weights="random")
+
+
+def without_values(make):
+    """The module make(), its weights and buffers fake tensors on the CPU."""
+    warnings.filterwarnings("ignore", ".* to a meta parameter")  # lpips has some weights of its own
+    with unset_fake_temporarily(), torch.device("meta"):
+        module = make()
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                fake = torch.empty(weight.shape)
+                part._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return module
+
+
+def fake_peak(build, name, batch, size, recompute, precision):
+    """(bytes at the peak of the second step, when AdamW's moments are there, bytes of trained weights)."""
+    finite = mock.patch.object(torch, "isfinite", return_value=True)
+    no_hash = mock.patch.object(rae_encoder, "fingerprint", return_value="")
+    with finite, no_hash, FakeTensorMode(), PeakMemory() as memory:
+        step, networks = build(name, batch, size, recompute, precision, without_values)
+        step()
+        step()
+    weights = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
+    return memory.peak, 4 * sum(weight.numel() for weight in weights)
+
+
+def real_peak(build, name, batch, size, recompute, precision):
+    """Bytes by which a process grows in two steps on a CPU."""
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step, _ = build(name, batch, size, recompute, precision, lambda make: make())
+    step()
+    step()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def in_a_process(function, *args):
+    """function(*args), in a new process, whose memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def images_within(capacity, floor, fixed, each):
+    """The largest power of two of images that fit, since batches are powers of two; 0 where none does."""
+    number = 1
+    while max(floor, fixed + each * number) <= capacity:
+        number *= 2
+    return number // 2
+
+
+def memory_rows(build, name, size):
+    """Lines of a Markdown table: a training step's memory in GB, and the images that fit on three GPUs."""
+    few, many = (128, 192) if size == 256 else (32, 48)
+    least, weights = fake_peak(build, name, 1, size, False, "fp32")
+    copies = 2 * weights  # EMA and DDP's buckets
+    for precision in ("bf16", "fp32"):
+        for recompute in (False, True):
+            low, _ = fake_peak(build, name, few, size, recompute, precision)
+            high, _ = fake_peak(build, name, many, size, recompute, precision)
+            each = (high - low) / (many - few)
+            fixed = low - few * each + copies
+            cells = [
+                f"{name}, {size} px",
+                precision,
+                "yes" if recompute else "",
+                f"{fixed / 1e9:.1f}",
+                f"{(least + copies) / 1e9:.1f}",
+                f"{each / 1e9:.3f}",
+            ]
+            for capacity in (24e9, 40e9, 80e9):
+                cells.append(str(images_within(capacity, least + copies, fixed, each)))
+            yield f"| {' | '.join(cells)} |"
+
+
+def bench_memory(table, quick, precision):
+    """By name alone: the README's table.
+
+    In `fixed` are weights, EMA, gradients, DDP's buckets, AdamW's moments, the encoder, in stage 1 VGG and DINO;
+    `at least` is the peak of AdamW's step.
+    """
+    library = autocast_like_cuda()
+    cases = [(flow_step, name, 256) for name in ("DiT-DH-S", "DiT-DH-B", "DiT-DH-XL")]
+    cases += [(flow_step, "DiT-DH-XL", 512), (decoder_step, "ViT-XL", 256), (decoder_step, "ViT-XL", 512)]
+    print("| network | precision | checkpointed | fixed | at least | each image | 24 GB | 40 GB | 80 GB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for build, name, size in cases[:1] if quick else cases:
+        for row in memory_rows(build, name, size):
+            print(row, flush=True)
+    del library
+
+
+def bench_memory_error(table, quick, precision):
+    """By name alone: the count of bench_memory beside a process that really trains, on a CPU."""
+    rae_encoder.keep_freed_memory(torch.device("cpu"))
+    for build, name in ((flow_step, "DiT-DH-S"), (decoder_step, "ViT-S")):
+        for batch in (2,) if quick else (2, 6):
+            case = (build, name, batch, 256, False, "fp32")
+            counted, _ = fake_peak(*case)
+            real = in_a_process(real_peak, *case)
+            table.note(f"{name} batch {batch} fp32: counted, GB", counted / 1e9)
+            table.note("  process, GB", real / 1e9)
+            table.note("  counted / process", counted / real)
+
+
+# A data set of ImageNet's size
+
+
+def make_tree(folder, classes, images):
+    for k in range(classes):
+        path = os.path.join(folder, f"n{k:08d}")
+        os.mkdir(path)
+        for i in range(images):
+            os.close(os.open(os.path.join(path, f"n{k:08d}_{i}.JPEG"), os.O_CREAT | os.O_WRONLY))
+
+
+def listed(folder):
+    """(images, seconds, bytes at the peak, bytes that stay, bytes that a worker gains in an epoch)."""
+    before = own_bytes()
+    start = time.perf_counter()
+    data = rae_encoder.ImageData(folder, 256)
+    seconds = time.perf_counter() - start
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    stays = own_bytes() - before
+    with multiprocessing.get_context("fork").Pool(1, remember, (data,)) as pool:
+        grown = pool.apply(growth_of_a_worker)
+    return len(data), seconds, peak, stays, grown
+
+
+def remember(data):
+    """Pool's way to hand a worker what it inherits, without a copy."""
+    growth_of_a_worker.data = data
+
+
+def growth_of_a_worker():
+    """Bytes of its own that a forked process gains by looking at every name once."""
+    before = own_bytes()
+    for i in range(len(growth_of_a_worker.data)):
+        growth_of_a_worker.data.path(i)
+    return own_bytes() - before
+
+
+def own_bytes():
+    """Of this process alone: pages that it shares with its parent are not in it."""
+    kilobytes = 0
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_"):
+            kilobytes += int(line.split()[1])
+    return 1024 * kilobytes
+
+
+def bench_listing(table, quick, precision):
+    """By name alone: 1,281,000 empty files in 1,000 folders are made and removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_tree(folder, 1000, 100 if quick else 1281)
+        table.add_once(
+            "os.scandir over all folders", lambda: sum(len(files) for *_, files in os.walk(folder))
+        )
+        num, seconds, peak, stays, grown = in_a_process(listed, folder)
+        table.show({"part": f"ImageData of {num} files", "ms": 1e3 * seconds}, 0)
+        table.note("  at the peak, MB", peak / 1e6)
+        table.note("  that stay, MB", stays / 1e6)
+        table.note("  a worker's own after an epoch, MB", grown / 1e6)
+        table.note("  pickled for a spawned worker, MB", len(pickled(folder)) / 1e6)
+
+
+def pickled(folder):
+    return multiprocessing.reduction.ForkingPickler.dumps(rae_encoder.ImageData(folder, 256).names)
 
 
 def main(argv=None):
     benches = {name[6:]: run for name, run in globals().items() if name.startswith("bench_")}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="smaller batches, one call each")
     parser.add_argument("--json", action="store_true", help="a JSON line for each row")
     parser.add_argument("--only", choices=benches, help="one part")
     args = parser.parse_args(argv)
-    by_name = {"memory"} | ({"compile"} if DEVICE.type == "cpu" else set())
+
+    by_name = {"memory", "memory_error", "listing"}
+    if DEVICE.type == "cpu":
+        by_name.add("compile")
     chosen = [args.only] if args.only else [name for name in benches if name not in by_name]
-    if not args.json:
-        print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads", file=sys.stderr)
-    rae_encoder.keep_freed_memory()
+
+    rae_encoder.join_ranks(DEVICE.type)
+    rae_encoder.keep_freed_memory(DEVICE)
+    precision, why = rae_encoder.choose_precision(None, DEVICE)
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {DEVICE.type}, {threads}; {precision}: {why}", file=sys.stderr)
     torch.manual_seed(0)
-    table, size = Table(args.quick, args.json), 8192 if DEVICE.type == "cuda" else 2048
-    for precision, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
-        a = torch.randn(size, size, device=DEVICE).to(dtype)
-        table.add(f"matrix product {precision}: the limit", partial(torch.mm, a, a), 0, precision, 20)
+    table = Table(args.quick, args.json)
+    if args.only not in ("memory", "memory_error", "listing"):
+        table.head()
+        for each in DTYPES:
+            table.add_limit(each)
     for name in chosen:
-        benches[name](table, args.quick)
+        benches[name](table, args.quick, precision)
 
 
 if __name__ == "__main__":
