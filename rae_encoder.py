@@ -404,9 +404,9 @@ def local_file(path, flag):
             announce_fetch(repository, name)
             file = hf_hub_download(repository, name)
         except Exception as error:  # the hub's tools raise many kinds
-            problem = f"{name} of {repository} can't be fetched from the Hugging Face hub"
+            problem = f"{flag} hub:{repository}/{name}: can't be fetched from the Hugging Face hub"
             why = f"{type(error).__name__}: {reason(error)}"
-            raise SystemExit(f"{flag} {path}: {problem} ({why}); a local file does as well") from None
+            raise SystemExit(f"{problem} ({why}); a local file does as well") from None
     return file if wanted else os.path.dirname(file)
 
 
