@@ -226,6 +226,7 @@ def run_evaluation(script, monkeypatch):
 
 def run_sampling(script, monkeypatch, *flags):
     """What sample.py does between its files: Job.images, in autocast."""
+    monkeypatch.setattr(script, "local_file", lambda path, flag: path)
     monkeypatch.setattr(dit_dh, "load", lambda path, flag: make_dit("DiT-DH-S").eval())
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)  # fake weights can't be moved
     statistics = {"mean": torch.zeros(LATENT), "var": torch.ones(LATENT)}  # on the CPU, as they are read
