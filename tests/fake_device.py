@@ -330,8 +330,8 @@ ALTERED = {
     "sums of the latents": (rae_encoder, 'z.device.type == "mps"', 'z.device.type == "gpu"'),
     "sampling noise": (sample, "model.latent_shape, args.seed).to(device)", "model.latent_shape, args.seed)"),
     "sampling labels": (sample, "for i in indices], device=device)", "for i in indices])"),
-    "sampling statistics": (sample, "mean = mean.to(device)", "mean = mean"),
-    "interpolation": (fid, "torch.arange(299.0, device=x.device)", "torch.arange(299.0)"),
+    "sampling statistics": (sample, "return mean.to(device)", "return mean"),
+    "interpolation": (fid, ".clamp(min=0).to(x.device)", ".clamp(min=0)"),
 }
 
 
