@@ -569,6 +569,7 @@ def leave(progress, data, device, last, step, steps):
 
 def build(args, num_classes, device):
     """(encoder, network), as the flags say, on the device."""
+    torch.manual_seed(args.seed)  # all ranks and runs start alike
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     sizes = {name: getattr(args, name) for name in SIZES}
     latent_shape = (encoder.width, encoder.grid, encoder.grid)
@@ -660,7 +661,6 @@ def main(argv=None):
     steps_per_epoch, steps = plan_steps(len(data), args, world)
     hold, decay = milestones(args, steps_per_epoch, steps)
     log = open_log(args.out) if rank == 0 else None
-    torch.manual_seed(args.seed)
     encoder, network = build(args, len(data.classes), device)
     config = describe(args, encoder, network, data.classes)
     if args.decoder:

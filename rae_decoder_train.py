@@ -880,6 +880,7 @@ def leave(progress, data, device, last, step, steps):
 
 def build(args, device):
     """(encoder, decoder, config), as the flags say. Raises SystemExit for sizes that don't fit together."""
+    torch.manual_seed(args.seed)  # all ranks and runs start alike
     # With a patch twice as large, 512 px images come from the tokens of 256 px ones.
     seen = args.image_size * 16 // (args.patch_size or 16)
     encoder = Encoder(args.encoder, args.encoder_size, seen, args.encoder_weights, args.layers)
@@ -985,7 +986,6 @@ def main(argv=None):
     held_out, shown = open_held_out(args, data, device)
     steps_per_epoch, steps = plan_steps(len(data), args, world)
     log = open_log(args.out) if rank == 0 else None
-    torch.manual_seed(args.seed)
     encoder, decoder, config = build(args, device)
     perceptual, disc = build_losses(args, device)
     state = training_state(decoder, disc, args.lr)
