@@ -95,7 +95,7 @@ RELEASED = {
 }
 
 
-def parse_args(argv=None):
+def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
@@ -145,6 +145,11 @@ def parse_args(argv=None):
     add("--out", default="samples", help="folder; what is there stays: resume. Grid: OUT.png (%(default)s)")
     add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = build_parser()
     # What decides other defaults is looked at first.
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--reconstruct", "--autoguide"):
