@@ -486,11 +486,7 @@ def memory_rows(build, name, size):
 def bench_memory(table, quick, precision):
     """By name alone: the README's table.
 
-<<<<<<< HEAD
-    `fixed`: weights, EMA, gradients, DDP's buckets, AdamW's moments, the encoder, in stage 1 VGG and DINO;
-=======
     In `fixed` are weights, EMA, gradients, DDP's buckets, AdamW's moments, encoder, in stage 1 VGG and DINO;
->>>>>>> dev
     `at least` is the peak of AdamW's step.
     """
     library = autocast_like_cuda()
