@@ -544,8 +544,8 @@ def announce(log, args, data, models, network, device, precision, step, steps):
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
-def leave(progress, data, device, last, step, steps):
-    """The last line of a run, and the end of its process group."""
+def leave(progress, data, device, last, step, steps, following):
+    """The last line of a run, which names the command that comes next, and the end of its process group."""
     silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     # Each rank knows of the images that it was to read.
@@ -554,6 +554,8 @@ def leave(progress, data, device, last, step, steps):
         line = [f"{last}: step {step} of {steps}"]
         if step < steps:
             line.append("stopped, the same command goes on from here")
+        else:
+            line.append(f"next: {following} {last}")
         if broken:
             line.append(f"{broken} broken images were replaced by others")
         print("; ".join(line), file=sys.stderr)
@@ -722,7 +724,7 @@ def main(argv=None):
             save_preview(folder, last, args.decoder, len(data.classes), device)
         if stopped:
             break
-    leave(progress, data, device, last, step, steps)
+    leave(progress, data, device, last, step, steps, "python sample.py --flow")
 
 
 if __name__ == "__main__":
