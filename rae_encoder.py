@@ -390,6 +390,7 @@ def local_file(path, flag):
     hub:OWNER/REPO is an autoencoder in diffusers' format, and its path a folder. All ranks may call it: the
     hub's tools lock. Raises SystemExit for a file that is not there or can't be fetched.
     """
+    path = str(path)
     if not path.startswith("hub:"):
         if not os.path.exists(path):
             raise SystemExit(f"{flag} {path}: no such file")
