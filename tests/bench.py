@@ -438,11 +438,16 @@ def fake_peak(build, name, batch, size, recompute, precision):
 
 def real_peak(build, name, batch, size, recompute, precision):
     """Bytes by which a process grows in two steps on a CPU."""
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_bytes()
     step, _ = build(name, batch, size, recompute, precision, lambda make: make())
     step()
     step()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return most_bytes() - before
+
+
+def most_bytes():
+    """The most that this process had at any time."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_a_process(function, *args):
@@ -526,12 +531,13 @@ def make_tree(folder, classes, images):
 
 def listed(folder):
     """(images, seconds, bytes at the peak, bytes that stay, bytes that a worker gains in an epoch)."""
-    before = own_bytes()
+    own = own_bytes()
+    highest = most_bytes()
     start = time.perf_counter()
     data = rae_encoder.ImageData(folder, 256)
     seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    stays = own_bytes() - before
+    peak = most_bytes() - highest
+    stays = own_bytes() - own
     with multiprocessing.get_context("fork").Pool(1, remember, (data,)) as pool:
         grown = pool.apply(growth_of_a_worker)
     return len(data), seconds, peak, stays, grown

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import message
 
 import flow_train
+import rae_decoder_train
 import rae_encoder
 from rae_encoder import compile_blocks, exact_fp32
 
@@ -175,3 +177,41 @@ def test_ddp_is_silent(monkeypatch, tmp_path, recwarn):
     finally:
         dist.destroy_process_group()
     assert not [str(warning.message) for warning in recwarn if "buffers" in str(warning.message)]
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["imagenet256", "imagenet512"])
+@pytest.mark.parametrize("script", [flow_train, rae_decoder_train])
+def test_presets_fit_eight_gpus_of_80_gb(script, preset):
+    """In fp32, which takes more than bf16, with the GAN, EMA and DDP's buckets: as bench.py counts it."""
+    args = script.parse_args(["--preset", preset, "--data", "x"])
+    build = bench.flow_step if script is flow_train else bench.decoder_step
+    name = args.model if script is flow_train else args.decoder
+
+    def step_bytes(accum):
+        images = args.batch_size // (8 * accum)
+        recompute = args.checkpoint_activations
+        peak, weights = bench.fake_peak(build, name, images, args.image_size, recompute, "fp32")
+        return peak + 2 * weights
+
+    assert step_bytes(args.accum) < 80e9
+    if args.accum > 1:
+        assert step_bytes(args.accum // 2) > 80e9  # no more micro-batches than needed
+
+
+def test_the_count_of_memory_is_that_of_a_step_known_by_hand():
+    """y = (x * 2).sum(): x and its double at the peak, and x alone after it."""
+    memory = bench.PeakMemory()
+    with memory:
+        x = torch.zeros(1000)
+        y = (x * 2).sum()
+        rows = x.view(10, 100)  # no memory of its own
+    assert memory.peak == 4096 + 4096 + 512
+    assert memory.live == 4096 + 512
+    del x, rows
+    assert memory.live == 512
+    del y
+    assert memory.live == 0
