@@ -919,7 +919,7 @@ def bad(place):
         ("a", "--protocol tf", "argument --protocol: invalid choice: 'tf'"),
         ("a", "--ref whole.npz --metrics prec", r"--metrics: these sets allow fid \("),
         ("lone.npz", "", "sigma is not a file in the archive"),
-        ("a", "--features no_such_model", "^--features no_such_model .*Unknown model"),
+        ("a", "--features no_such_model", "^--features no_such_model: no model that timm knows"),
         (
             "a",
             "--features-weights no.pth",

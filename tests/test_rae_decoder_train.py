@@ -776,9 +776,9 @@ def test_decoder_upsampling():
     for patch_size, encoder_size, grid in ((32, 224, 16), (16, 448, 32), (None, 448, 32)):
         more = ["--patch-size", str(patch_size)] if patch_size else []
         args = rae_decoder_train.parse_args(flags + more)
-        encoder, decoder, perceptual, disc = rae_decoder_train.build(args, torch.device("cpu"))
+        encoder, decoder, config = rae_decoder_train.build(args, torch.device("cpu"))
         assert (encoder.encoder_size, encoder.grid, decoder.grid) == (encoder_size, grid, grid)
-        assert decoder.patch_size == (patch_size or 16) and perceptual is disc is None
+        assert decoder.patch_size == (patch_size or 16) == config["decoder"]["patch_size"]
 
 
 def test_presets_hold_the_released_recipe():
