@@ -326,7 +326,7 @@ def compile_blocks(blocks, asked, device):
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise SystemExit("torch.compile needs a C compiler, such as gcc; --no-compile goes without")
     # Two networks have four sizes of blocks, in two batch sizes or more; past torch's 8 they'd run eager.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.cache_size_limit = 64  # its newer name is not in torch 2.6
     for block in blocks:
         block.compile()
 

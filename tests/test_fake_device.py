@@ -79,9 +79,9 @@ def test_a_cpu_keeps_full_precision():
 def own_limit():
     """compile_blocks sets a limit of torch's; each test begins with torch's own."""
     torch._dynamo.reset()
-    before = torch._dynamo.config.recompile_limit
+    before = torch._dynamo.config.cache_size_limit
     yield
-    torch._dynamo.config.recompile_limit = before
+    torch._dynamo.config.cache_size_limit = before
 
 
 class Blocks(list):
