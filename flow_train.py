@@ -198,9 +198,11 @@ def flow_loss(model, x, y, t, eps, prediction="v", with_base=False):
     predicts x the target is (x_t - x) / max(t, 0.05); a base's error is added to that of the full output
     (RAEv2, section 5).
     """
+    # From data at t = 0 to noise at t = 1, each image at its own time
     t_x = t.view(-1, 1, 1, 1)
     x_t = (1 - t_x) * x + t_x * eps
     target = dit_dh.to_velocity(x, x_t, t, "x") if prediction == "x" else eps - x
+    # All outputs have one target.
     outputs = model(x_t, t, y, with_base=True) if with_base else [model(x_t, t, y)]
     return sum((v.float() - target).square().mean() for v in outputs)
 
@@ -281,6 +283,7 @@ def load_latents(source, encoder, mean, var, order, workers):
 
     source: ImageData, whose images are encoded in fp32, as released, or a LatentCache.
     """
+    # Images are read from disk and encoded, latents lie in memory.
     device = mean.device
     if isinstance(source, LatentCache):
         batches = map(source.batch, order)
@@ -295,6 +298,7 @@ def load_latents(source, encoder, mean, var, order, workers):
 
 def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     """Mean and variance (C,G,G) that normalise the latents: of the run before, of --stats, or of the data."""
+    # A file that is named is looked at, even where the run before has its own.
     if args.stats:
         moments = load_statistics(args.stats, latent_shape)
         kept = [start[key] for key in ("mean", "var") if key in start]
@@ -361,6 +365,7 @@ def mean_over_ranks(values):
 
 def any_rank(flag, device):
     """Whether `flag` is true on any rank: a signal reaches them one by one, but they must leave together."""
+    # One process has nobody to ask, and a GPU nothing to wait for.
     if not dist.is_initialized():
         return flag
     return mean_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
@@ -395,6 +400,7 @@ def parallel(network, blocks, compile, device):
 
 def adamw(network, lr):
     """The paper's AdamW (appendix); fused: one kernel for all weights."""
+    # Fixed position embeddings are parameters, too, as the released names want it.
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
@@ -441,6 +447,7 @@ def report(log, progress, step, recent, images, since, **values):
     record = {}
     for name in names:
         record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
+    # Everything is in that time: previews and checkpoints, too.
     record["images_per_s"] = round(len(recent) * images / (now - since), 1)
     recent.clear()
     if log:
@@ -478,6 +485,7 @@ def open_log(folder):
 
 
 def write_log(log, step, record):
+    # One JSON object a line, written at once: others may read along.
     file, board = log
     try:
         print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
@@ -506,6 +514,7 @@ def resume(source, form, config, state, steps):
     # Older versions have a patch size, always 1, and the precision among their flags.
     checkpoint["config"].get("sizes", {}).pop("patch", None)
     checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
+    # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
     key = difference(config, checkpoint["config"])
     if key:
         theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
@@ -521,6 +530,7 @@ def resume(source, form, config, state, steps):
 
 def save(last, keep_every, state, **rest):
     """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+    # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
     checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
     write_file(last, lambda file: torch.save(checkpoint, file))
     if keep_every and rest["step"] % keep_every == 0:
@@ -538,6 +548,7 @@ def announce(log, args, data, models, network, device, precision, step, steps):
     if not log:
         return
     demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+    # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -623,6 +634,7 @@ def describe(args, encoder, network, classes):
 
 def check_decoder(path, config):
     """Raises SystemExit for a --decoder that can't decode this run's latents."""
+    # Found now and not at the first preview.
     decoder = read_weights(path, "--decoder")
     if decoder.get("format") == FORMAT:
         raise SystemExit(f"--decoder {path}: is a flow of flow_train.py, not a decoder")

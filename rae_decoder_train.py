@@ -169,6 +169,7 @@ def parse_args(argv=None):
 
 def decoder_name(text):
     """An argparse type: a row of DECODERS, in any case."""
+    # Of the table's spelling, since checkpoints keep the name.
     for name in DECODERS:
         if name.lower() == text.lower():
             return name
@@ -649,6 +650,7 @@ def report_scores(log, progress, step, scores):
 @torch.no_grad()
 def save_preview(path, decoder, encoder, images):
     """PNG with the originals (B,3,S,S) over their reconstructions."""
+    # Of the EMA, in fp32: what a user of the checkpoint will see
     rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
     pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
     picture = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy())
@@ -671,6 +673,7 @@ def mean_over_ranks(values):
 
 def any_rank(flag, device):
     """Whether `flag` is true on any rank: a signal reaches them one by one, but they must leave together."""
+    # One process has nobody to ask, and a GPU nothing to wait for.
     if not dist.is_initialized():
         return flag
     return mean_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
@@ -705,6 +708,7 @@ def parallel(network, blocks, compile, device):
 
 def adamw(network, lr):
     """The paper's AdamW (appendix); fused: one kernel for all weights."""
+    # Fixed position embeddings are parameters, too, as the released names want it.
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
@@ -751,6 +755,7 @@ def report(log, progress, step, recent, images, since, **values):
     record = {}
     for name in names:
         record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
+    # Everything is in that time: previews and checkpoints, too.
     record["images_per_s"] = round(len(recent) * images / (now - since), 1)
     recent.clear()
     if log:
@@ -788,6 +793,7 @@ def open_log(folder):
 
 
 def write_log(log, step, record):
+    # One JSON object a line, written at once: others may read along.
     file, board = log
     try:
         print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
@@ -816,6 +822,7 @@ def resume(source, form, config, state, steps):
     # Older versions have a patch size, always 1, and the precision among their flags.
     checkpoint["config"].get("sizes", {}).pop("patch", None)
     checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
+    # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
     key = difference(config, checkpoint["config"])
     if key:
         theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
@@ -831,6 +838,7 @@ def resume(source, form, config, state, steps):
 
 def save(last, keep_every, state, **rest):
     """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+    # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
     checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
     write_file(last, lambda file: torch.save(checkpoint, file))
     if keep_every and rest["step"] % keep_every == 0:
@@ -848,6 +856,7 @@ def announce(log, args, data, models, network, device, precision, step, steps):
     if not log:
         return
     demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+    # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
     world = dist.get_world_size() if dist.is_initialized() else 1

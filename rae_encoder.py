@@ -254,6 +254,7 @@ def choose_device(name=None, local_rank=0):
     Raises SystemExit where this machine has no such device, or too few for its ranks.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    # The CPU is one device for all ranks.
     if name == "cpu":
         return torch.device("cpu")
     # A torch built for CUDA names it where there is no GPU, too.
@@ -342,6 +343,7 @@ def set_up(args):
     """What the scripts that read images begin with; returns (rank, world size, device)."""
     rank, world, device = join_ranks(args.device)
     keep_freed_memory(device)
+    # One rank draws, the others wait for it.
     if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
         try:
             draw_demo(args.data)
@@ -369,6 +371,7 @@ def run(main):
 
 def reason(error):
     """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
+    # Of several lines the first says what happened.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):
         lines = lines[1:]
@@ -419,6 +422,7 @@ def read_autoencoder(folder):
     """
     with open(os.path.join(folder, "config.json")) as file:
         theirs = json.load(file)
+    # The encoder in it is Hugging Face's and not read: ours is timm's.
     state = load_file(os.path.join(folder, AUTOENCODER[0]))
     width = theirs["encoder_hidden_size"]
     size = {384: "small", 768: "base", 1024: "large"}[width]
@@ -491,6 +495,7 @@ def complete(config):
 def difference(config, other):
     """The first key that both configs have, with different values, or None; weights count, not names."""
     other = complete(other)
+    # An alias and timm's full name are one encoder where the hash is one.
     same_weights = "encoder_hash" in config and config["encoder_hash"] == other.get("encoder_hash")
     for key, value in config.items():
         if other.get(key, value) != value and not (key == "encoder" and same_weights):
@@ -614,6 +619,7 @@ def center_crop(image, size):
 
 def random_crop(image, size, rng):
     """PIL image -> short side to 1.5 size, then a random size x size crop (stage 1, paper appendix)."""
+    # 384 pixels for images of 256
     short = int(1.5 * size)
     long = int(1.5 * size * max(image.size) / min(image.size))  # as torchvision's Resize
     width, height = (short, long) if image.width <= image.height else (long, short)
@@ -746,6 +752,7 @@ def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1
 
 def even_order(total, num, batch_size, rank=0, world=1):
     """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
+    # Epoch 0: a centre crop draws nothing.
     mine = [(0, i * total // num) for i in range(rank, num, world)]
     return [mine[j : j + batch_size] for j in range(0, len(mine), batch_size)]
 
@@ -882,7 +889,7 @@ class Encoder(nn.Module):
 
     def resize_positions(self):
         """Fits the ViT to encoder_size, with its positions resampled as the authors' models do it."""
-        native = self.vit.pos_embed
+        native = self.vit.pos_embed  # DINOv3 has none, but rotary positions
         self.vit.set_input_size(self.encoder_size)
         # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
         if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.vit.pretrained_cfg["architecture"]:
@@ -939,6 +946,7 @@ def latent_statistics(latents):
         z = z.cpu().double() if z.device.type == "mps" else z.double()  # mps has no float64
         total = total + torch.stack([z.sum(0), z.square().sum(0)])
         number += len(z)
+    # Ranks may have seen different numbers of images.
     number = total.new_tensor(number)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -982,6 +990,7 @@ def main(argv=None):
     if not max(2, world) <= num <= len(data):
         needed = f"statistics need two and one a rank, {max(2, world)}"
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
+    # That the file can be written shows best in its folder.
     folder = os.path.dirname(os.path.abspath(args.out))
     if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")

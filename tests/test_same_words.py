@@ -26,7 +26,9 @@ def test_both_trainings_share_one_block():
     assert ours == shared_block(flow_train)
 
 
-@pytest.mark.parametrize("name", ["natural_order", "list_images", "to_rgb", "center_crop", "keep_freed_memory"])
+@pytest.mark.parametrize(
+    "name", ["natural_order", "list_images", "to_rgb", "center_crop", "keep_freed_memory"]
+)
 def test_images_are_listed_and_read_alike(name):
     assert inspect.getsource(getattr(fid, name)) == inspect.getsource(getattr(rae_encoder, name))
 
