@@ -83,7 +83,6 @@ PRESETS = {
         "lr": 2e-3,
         "ema": 0.99,
         "cache_latents": True,  # 2,000 small images
-        "precision": "fp32",  # matrices so small are no faster in bf16
         "log_every": 20,
         "preview_every": 0,
         "save_every": 200,
