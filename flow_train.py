@@ -563,12 +563,12 @@ def leave(progress, data, device, last, step, steps, following):
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
     if not silent:
         line = [f"{last}: step {step} of {steps}"]
+        if broken:
+            line.append(f"{broken} broken images were replaced by others")
         if step < steps:
             line.append("stopped, the same command goes on from here")
         else:
             line.append(f"next: {following} {last}")
-        if broken:
-            line.append(f"{broken} broken images were replaced by others")
         print("; ".join(line), file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()

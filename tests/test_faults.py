@@ -285,7 +285,8 @@ def test_two_ranks_train_alike_from_cached_latents(folder):
     for out in ("plain", "cached"):
         flags = ["--steps", 6, "--skip-broken", "--no-cache-latents" if out == "plain" else "--cache-latents"]
         line = end(start("flow_train", 2, out, *flags))[-1]
-        assert line == f"runs/{out}/last.pt: step 6 of 6; 1 broken images were replaced by others"
+        done = f"runs/{out}/last.pt: step 6 of 6; 1 broken images were replaced by others"
+        assert line == f"{done}; next: python sample.py --flow runs/{out}/last.pt"
     assert same_training("plain", "cached")
 
 
