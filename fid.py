@@ -32,6 +32,7 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -86,7 +87,11 @@ def parse_args(argv=None):
     add("--protocol", choices=protocols, default="adm", help="from image to Inception's input (%(default)s)")
     add("--inception-weights", default="hub", help="FILE, hub or, for tests, random (%(default)s)")
     add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2")
-    add("--features-weights", default="hub", help="FILE with timm's keys, or hub (%(default)s)")
+    add(
+        "--features-weights",
+        default="hub",
+        help="FILE with timm's keys, hub:OWNER/REPO/PATH, or hub (%(default)s)",
+    )
 
     # What changes no result
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
@@ -361,6 +366,16 @@ def fetch(url, flag, hash_prefix=None):
     return path
 
 
+def local_file(weights):
+    """-> the path of a file of weights; hub:OWNER/REPO/PATH is fetched into the hub's own cache."""
+    if not weights.startswith("hub:"):
+        return weights
+    owner, repository, name = weights.removeprefix("hub:").split("/", 2)
+    # Said at once: without a network the hub's tools try again in silence.
+    print(f"fetching {weights}", file=sys.stderr, flush=True)
+    return hf_hub_download(f"{owner}/{repository}", name)
+
+
 def read_weights(path):
     """-> the state dict in a .safetensors or .pt file, read without running code."""
     if path.endswith(".safetensors"):
@@ -397,7 +412,8 @@ def load_network(features, protocol, weights):
     """
     flag = f"--features {features} --features-weights" if features else "--inception-weights"
     try:
-        return load_timm(features, weights) if features else load_inception(protocol, weights)
+        path = local_file(weights)
+        return load_timm(features, path) if features else load_inception(protocol, path)
     except Exception as error:  # the hub, torch, safetensors and timm raise many kinds
         # Cut before torch's advice to run the code in a file.
         raise SystemExit(f"{flag} {weights}: {error!r:.150}; FILE is timm's weights or {HUB_URL}") from None

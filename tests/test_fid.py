@@ -944,3 +944,24 @@ def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, message)
     with pytest.raises(SystemExit, match=message) as stop:
         fid.main(words.split())
     assert "\n" not in str(stop.value)
+
+
+def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, capsys):
+    torch.save(fid.Inception().state_dict(), tmp_path / "inception.pt")
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        if name == "gone.pt":
+            raise OSError("no such entry")
+        return str(tmp_path / name.rpartition("/")[2])
+
+    monkeypatch.setattr(fid, "hf_hub_download", download)
+    _, by_name = fid.load_network(None, "adm", "hub:owner/repo/deep/inception.pt")
+    _, by_file = fid.load_network(None, "adm", str(tmp_path / "inception.pt"))
+    assert by_name == by_file and asked == [("owner/repo", "deep/inception.pt")]
+    assert "fetching hub:owner/repo/deep/inception.pt" in capsys.readouterr().err
+    for name in ("hub:owner/repo/gone.pt", "hub:owner"):
+        with pytest.raises(SystemExit, match=f"^--inception-weights {name}: ") as stop:
+            fid.load_network(None, "adm", name)
+        assert "\n" not in str(stop.value)
