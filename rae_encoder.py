@@ -507,7 +507,8 @@ def check_pair(flow, flow_name, decoder, decoder_name):
     """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
     names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
     # The image sizes may differ: a decoder can have larger patches than the encoder.
-    ours = {name: complete(flow)[name] for name in names if name in complete(flow)}
+    flow = complete(flow)
+    ours = {name: flow[name] for name in names if name in flow}
     key = difference(ours, decoder)
     if key:
         problem = f"{flow_name} has {key} {ours[key]}, {decoder_name} has {complete(decoder)[key]}"

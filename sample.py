@@ -436,8 +436,8 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
     name = decoder_config["encoder"]
     weights = args.encoder_weights or decoder_config.get("encoder_weights")
     layers = decoder_config.get("layers", args.layers)
-    size = decoder_config.get("encoder_size")
-    encoder = Encoder(name, size, 16 * decoder.grid, weights, layers).to(device)
+    encoder_size = decoder_config.get("encoder_size")
+    encoder = Encoder(name, encoder_size, 16 * decoder.grid, weights, layers).to(device)
 
     # The decoder was trained with one encoder, which its checkpoint knows by a hash.
     config = {
