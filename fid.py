@@ -42,7 +42,7 @@ from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 # What belongs to the demo is used for the demo alone; fid.py trains nothing, so no other preset differs.
-DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 400, "ref_num": 400}
+DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 200, "ref_num": 200}
 # ADM's reference batches: mu and sigma of ImageNet, and 10,000 of its images (Dhariwal & Nichol 2021)
 REFERENCES = {
     "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
@@ -79,8 +79,8 @@ def parse_args(argv=None):
     add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
     add("--ref", help="the set to compare with; imagenet256, imagenet512: ADM's batches, fetched once")
     add("--crop", type=count, help="centre-crop the reference to this size; without --ref, the samples")
-    add("--num", type=count, help="take the first so many samples; default: all; demo: 400")
-    add("--ref-num", type=count, help="take so many of the reference, evenly spread; default: all; demo: 400")
+    add("--num", type=count, help="take the first so many samples; default: all; demo: 200")
+    add("--ref-num", type=count, help="take so many of the reference, evenly spread; default: all; demo: 200")
 
     # What is computed of them
     add("--metrics", type=metrics, help="some of fid,is,prec,rec; default: all that the sets allow")

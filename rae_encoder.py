@@ -635,7 +635,7 @@ class ImageData(Dataset):
     """The images below a folder; classes are its leaf folders in natural order (list_images).
 
     Args:
-        root: the folder, given by `flag`.
+        root: the folder, or a single image, given by `flag`.
         size: pixels a side of the images that come out.
         augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
         seed: with the epoch and the index it decides every random number of an image.
@@ -649,8 +649,15 @@ class ImageData(Dataset):
     def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
         self.root = str(root)
         self.flag = flag
-        self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
-        self.about = f"{self.root} ({left_out})" if left_out else self.root
+        self.about = self.root
+        if os.path.isfile(self.root):  # one image is a folder of one
+            self.names = np.array([os.fsencode(os.path.basename(self.root))])
+            self.root = os.path.dirname(self.root) or "."
+            self.classes = [""]
+            self.labels = np.zeros(1, np.int32)
+        else:
+            self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
+            self.about = f"{self.root} ({left_out})" if left_out else self.root
         self.size = size
         self.augment = augment
         self.seed = seed

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from timm.data import ImageNetInfo
 from tqdm import tqdm
 
 import dit_dh
@@ -115,7 +116,7 @@ def build_parser():
     seed = bounded(int, lambda value: 0 <= value <= 4293, "a whole number from 0 to 4293")
     # torchrun takes --num for an abbreviation of a flag of its own.
     add("-n", "--num", type=number, default=400, help="images (%(default)s); under torchrun only as -n")
-    add("--classes", metavar="LIST", help="in turn: numbers from 0, or names, as cat,dog; default: all")
+    add("--classes", metavar="LIST", help="in turn: numbers from 0, or names, as tabby,crane; default: all")
     add("--seed", type=seed, default=0, help="image i starts from noise of (seed, i) (%(default)s)")
     add("--steps", type=count, help="from t = 1 to t = 0; default: 50, the demo's network 25")
     add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
@@ -128,7 +129,7 @@ def build_parser():
     add("--internal-guidance", type=amount, nargs="?", const=True, metavar="SCALE", help=internal)
 
     add = parser.add_argument_group("reconstruction").add_argument
-    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images, by default all; PSNR")
+    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images or of one file; PSNR")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
     add("--layers", type=layer_list, metavar="I,J,...", help="of a bare decoder's encoder (RAEv2)")
     add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
@@ -277,6 +278,15 @@ def network_hash(tensors):
     return fingerprint(tensor.flatten()[:1000] for tensor in tensors)
 
 
+def imagenet_names(num_classes):
+    """English names of ImageNet's classes, for a released network, which keeps none; [] for other numbers."""
+    info = ImageNetInfo()
+    if num_classes != info.num_classes():
+        return []
+    # The first of its synonyms: the others stand behind commas.
+    return [info.index_to_description(i).split(", ")[0] for i in range(num_classes)]
+
+
 def class_numbers(text, names, num_classes, flow):
     """The numbers of the classes in --classes, which may be names; None, that is all, without the flag.
 
@@ -373,7 +383,8 @@ def open_sampling(args, decoder, decoder_config, device, precision):
     shift = args.shift or config.get("shift", formula)
 
     # The classes take turns: as the paper's FID has it, each has as many images.
-    classes = class_numbers(args.classes, config.get("classes", []), model.num_classes, args.flow)
+    names = config.get("classes") or imagenet_names(model.num_classes)
+    classes = class_numbers(args.classes, names, model.num_classes, args.flow)
     cycle = classes or range(model.num_classes)
     labels = [cycle[i % len(cycle)] for i in range(args.num)]
 

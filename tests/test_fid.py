@@ -504,7 +504,7 @@ def test_what_belongs_to_the_demo_is_for_the_demo_alone(tmp_path, monkeypatch):
         args = fid.parse_args([*argv, "--metrics", "is"])
         return tuple(getattr(args, name) for name in chosen)
 
-    demo, normal = ("data/demo", "random", 400, 400), (None, "hub", None, None)
+    demo, normal = ("data/demo", "random", 200, 200), (None, "hub", None, None)
     touch(tmp_path, "mine/0.png")
     for name, settings in {
         "drawn": '{"demo": true, "seed": 0}',
@@ -520,7 +520,7 @@ def test_what_belongs_to_the_demo_is_for_the_demo_alone(tmp_path, monkeypatch):
         assert values(name) == (demo if name == "drawn" else normal)
     assert values("mine") == values("nowhere") == values("x.npz") == normal
     assert values("mine", "--preset", "demo") == demo
-    assert values("drawn", "--num", "5", "--inception-weights", "hub") == ("data/demo", "hub", 5, 400)
+    assert values("drawn", "--num", "5", "--inception-weights", "hub") == ("data/demo", "hub", 5, 200)
     assert values("drawn", "--ref", "y") == ("y", "hub", None, None)
     for preset in ("small", "imagenet256", "imagenet512"):
         assert values("drawn", "--preset", preset) == normal

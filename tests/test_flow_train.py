@@ -443,9 +443,9 @@ def test_own_data_has_nothing_of_the_demo():
 
 def test_epochs_take_the_place_of_the_steps_of_a_preset():
     for flags, length in (
-        ([], (40, None)),
-        (["--steps", "5"], (40, 5)),  # steps count
-        (["--data", "x"], (None, 1000)),
+        ([], (28, None)),
+        (["--steps", "5"], (28, 5)),  # steps count
+        (["--data", "x"], (None, 600)),
         (["--data", "x", "--epochs", "3"], (3, None)),
         (["--data", "x", "--steps", "5"], (None, 5)),
     ):

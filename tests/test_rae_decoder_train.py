@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from conftest import equal, message, read
+from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import rae_decoder_train
@@ -806,7 +807,7 @@ def test_the_length_that_is_given_beats_that_of_the_preset():
         steps_of() == 40 and steps_of("--epochs", 2) == 20 and steps_of("--steps", 7) == 7
     )  # the demo's 4 epochs
     own = ("--data", "x")
-    assert steps_of(*own) == 1000 and steps_of(*own, "--steps", 7) == 7
+    assert steps_of(*own) == 800 and steps_of(*own, "--steps", 7) == 7
     assert steps_of(*own, "--epochs", 2) == 20 and steps_of(*own, "--epochs=0.01") == 1
     full = (*own, "--preset", "imagenet256")
     assert steps_of(*full) == 160 and steps_of(*full, "--steps", 7) == 7
@@ -978,3 +979,19 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     assert len(one["terms"]) == 7 and all(one["terms"].values())
     same(one["decoder"], two["decoder"])
     same(one["disc"], two["disc"])
+
+
+def test_losses_and_previews_are_in_tensorboard(folder):
+    """Where that package is installed."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = "--steps 2 --batch-size 8 --log-every 1 --preview-every 1 --workers 0 --out runs/board"
+    rae_decoder_train.main(flags.split())
+    events = EventAccumulator("runs/board").Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Images("preview")] == [1, 2]
+    with open("runs/board/preview-0000002.png", "rb") as file:
+        expected = np.asarray(Image.open(file))
+    shown = Image.open(io.BytesIO(events.Images("preview")[1].encoded_image_string))
+    assert np.array_equal(np.asarray(shown), expected)

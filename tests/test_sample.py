@@ -403,6 +403,16 @@ def test_classes_by_name(files, tmp_path):
     assert difference(tmp_path / "names", tmp_path / "numbers") == 0
 
 
+def test_names_of_imagenet():
+    """A released network keeps no names: they are timm's, the first of each class's synonyms."""
+    names = sample.imagenet_names(1000)
+    assert len(names) == 1000
+    assert sample.class_numbers("golden retriever,tabby,tench,3", names, 1000, "x.pt") == [207, 281, 0, 3]
+    assert sample.imagenet_names(10) == []
+    with pytest.raises(SystemExit, match="--classes cat: --flow x.pt has 0 to 999, by name tench, goldfish"):
+        sample.class_numbers("cat", names, 1000, "x.pt")
+
+
 def test_resume(twenty, tmp_path, capfd):
     """What a killed run left, PNGs with holes between them and half a file, becomes the same folder."""
     out = tmp_path / "samples"
@@ -708,6 +718,12 @@ def test_reconstruct(files, tmp_path, capsys):
         psnr.append(10 * math.log10(255**2 / np.mean((png - original.astype(float)) ** 2)))
     assert printed == {"psnr": pytest.approx(np.mean(psnr), abs=1e-9), "images": 5, "broken": 0}
     assert Image.open(f"{out}.png").size == (320, 32)
+
+    # One file is a folder of one.
+    single = [*command[2:], "--reconstruct", str(originals[3]), "--out", str(tmp_path / "single")]
+    sample.main(single)
+    assert json.loads(capsys.readouterr().out) == {"psnr": pytest.approx(psnr[3]), "images": 1, "broken": 0}
+    assert np.array_equal(pixels(tmp_path / "single")["000000.png"], pixels(out)["000003.png"])
     (out / "000002.png").unlink()
     sample.main(command)  # what is there counts as well
     assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(printed["psnr"], abs=1e-6)
