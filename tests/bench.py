@@ -174,6 +174,7 @@ def training_step(model, loss, precision):
     optimizer = rae_decoder_train.adamw(model, 1e-4)
 
     def step():
+        flow_train.parallel(model, [], False, DEVICE)  # it chooses the kind of attention
         with autocast(precision):
             value = loss(model)
         optimizer.zero_grad()
@@ -187,6 +188,7 @@ def forward(run, precision):
     """-> run() without gradients, under autocast."""
 
     def call():
+        torch.backends.cuda.enable_flash_sdp(True)  # as torch starts; training on a CPU goes without
         with torch.no_grad(), autocast(precision):
             return run()
 
@@ -592,6 +594,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="smaller batches, one call each")
     parser.add_argument("--json", action="store_true", help="a JSON line for each row")
     parser.add_argument("--only", choices=benches, help="one part")
+    parser.add_argument("--precision", choices=DTYPES, help="default: what the scripts would choose")
     args = parser.parse_args(argv)
 
     by_name = {"memory", "memory_error", "listing"}
@@ -601,7 +604,7 @@ def main(argv=None):
 
     rae_encoder.join_ranks(DEVICE.type)
     rae_encoder.keep_freed_memory(DEVICE)
-    precision, why = rae_encoder.choose_precision(None, DEVICE)
+    precision, why = rae_encoder.choose_precision(args.precision, DEVICE)
     threads = f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {DEVICE.type}, {threads}; {precision}: {why}", file=sys.stderr)
     torch.manual_seed(0)
