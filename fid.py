@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
@@ -54,16 +54,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
-
-UPRIGHT = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def parse_args(argv=None):
@@ -449,12 +439,12 @@ def list_images(root, flag):
     left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in listed:
+        real = os.path.realpath(folder)
+        if real in listed:
             left_out["folders listed before"] += 1
             subfolders.clear()  # a link to itself or a parent ends here
             continue
-        listed.add((status.st_dev, status.st_ino))
+        listed.add(real)
 
         # os.walk goes on with what is left in this list, in its order.
         subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
@@ -487,12 +477,9 @@ def to_rgb(image):
     Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
     """
     image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of many kinds, in a picture that is whole
-        orientation = None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    # In place the pixels are turned first: what is broken in other metadata comes too late to matter.
+    with contextlib.suppress(Exception):  # of many kinds, in a picture that is whole
+        ImageOps.exif_transpose(image, in_place=True)
 
     # Pillow's own conversion of 16-bit grey clips at 255.
     if image.mode.startswith("I"):
@@ -556,8 +543,8 @@ class Images(Dataset):
             items = range(len(map_npz(path)))
         else:
             classes, names, labels, self.left_out = list_images(path, flag)
-            folders = [os.path.join(path, classes[label]) for label in labels]
-            items = list(map(os.path.join, folders, map(os.fsdecode, names)))
+            files = zip(labels, map(os.fsdecode, names), strict=True)
+            items = [os.path.join(path, classes[label], name) for label, name in files]
 
         num = min(num or len(items), len(items))
         step = len(items) / num if spread else 1

@@ -34,12 +34,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import load_state_dict
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 # Images and encoder of the presets that all scripts share. The demo's encoder is small and untrained.
@@ -86,16 +86,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
-
-UPRIGHT = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def parse_args(argv=None):
@@ -163,12 +153,6 @@ def common_parser(description, presets):
     add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
     add("--image-size", type=count, default=256, help="pixels a side (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    add(
-        "--workers",
-        type=whole,
-        default=min(8, os.cpu_count()),
-        help="loading processes of a rank (%(default)s)",
-    )
 
     add = parser.add_argument_group("encoder").add_argument
     names = ", ".join(ALIASES)
@@ -182,11 +166,19 @@ def common_parser(description, presets):
         help="blocks to average, from 0 (RAEv2); default: the last alone",
     )
 
-    add = parser.add_argument_group("computing").add_argument
-    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
+    add = computing_flags(parser)
     add("--seed", type=whole, default=0, help="of every random number (%(default)s)")
-    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
     return parser
+
+
+def computing_flags(parser):
+    """Adds the flags that sample.py has as well; returns how to add more to their group."""
+    add = parser.add_argument_group("computing").add_argument
+    workers = min(8, os.cpu_count())
+    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
+    add("--workers", type=whole, default=workers, help="loading processes of a rank (%(default)s)")
+    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    return add
 
 
 def training_parser(description, presets):
@@ -226,15 +218,14 @@ def parse_with_preset(parser, presets, argv):
         first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    preset = presets.get(name, {})
-    void = set()
+    preset = dict(presets.get(name, {}))
     for flag, keys in REPLACED.items():
         asked = getattr(given, flag)
         # A network is named with its own sizes, also where the preset's has that name.
         if asked and (flag == "model" or asked != str(preset.get(flag))):
-            void.update(keys)
-    defaults = {key: value for key, value in preset.items() if key not in void}
-    parser.set_defaults(**defaults, preset=name)
+            for key in keys:
+                preset.pop(key, None)
+    parser.set_defaults(**preset, preset=name)
     args = parser.parse_args(argv)
 
     # Only the demo makes its own images.
@@ -296,8 +287,8 @@ def join_ranks(device_name):
         # torch 2.14 has a new name for this flag of DDP's, older ones don't know it.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         # An hour, since the others wait while rank 0 saves and draws a preview.
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(timeout=datetime.timedelta(hours=1), **options)
+        hour = datetime.timedelta(hours=1)
+        dist.init_process_group(timeout=hour, device_id=device if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as released: six times fp32's rate on an H100
     return rank, world, device
@@ -372,9 +363,7 @@ def run(main):
 def reason(error):
     """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
     # Of several lines the first says what happened.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):
-        lines = lines[1:]
+    lines = re.sub(r"^Error\(s\) in loading.*\n\s*", "", str(error).strip()).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
@@ -548,12 +537,12 @@ def list_images(root, flag):
     left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in listed:
+        real = os.path.realpath(folder)
+        if real in listed:
             left_out["folders listed before"] += 1
             subfolders.clear()  # a link to itself or a parent ends here
             continue
-        listed.add((status.st_dev, status.st_ino))
+        listed.add(real)
 
         # os.walk goes on with what is left in this list, in its order.
         subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
@@ -586,12 +575,9 @@ def to_rgb(image):
     Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
     """
     image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of many kinds, in a picture that is whole
-        orientation = None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    # In place the pixels are turned first: what is broken in other metadata comes too late to matter.
+    with contextlib.suppress(Exception):  # of many kinds, in a picture that is whole
+        ImageOps.exif_transpose(image, in_place=True)
 
     # Pillow's own conversion of 16-bit grey clips at 255.
     if image.mode.startswith("I"):
@@ -620,14 +606,10 @@ def center_crop(image, size):
 
 def random_crop(image, size, rng):
     """PIL image -> short side to 1.5 size, then a random size x size crop (stage 1, paper appendix)."""
-    # 384 pixels for images of 256
-    short = int(1.5 * size)
-    long = int(1.5 * size * max(image.size) / min(image.size))  # as torchvision's Resize
-    width, height = (short, long) if image.width <= image.height else (long, short)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = resize(image, int(1.5 * size), Image.Resampling.BICUBIC)  # 384 pixels for images of 256
     # Every window is as likely, the first and the last place included.
-    left = rng.integers(width - size + 1)
-    top = rng.integers(height - size + 1)
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -657,7 +639,8 @@ class ImageData(Dataset):
             self.labels = np.zeros(1, np.int32)
         else:
             self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
-            self.about = f"{self.root} ({left_out})" if left_out else self.root
+            if left_out:
+                self.about += f" ({left_out})"
         self.size = size
         self.augment = augment
         self.seed = seed
@@ -719,9 +702,9 @@ def draw_demo(folder, num=2000, size=32):
         image = Image.new("RGB", (large, large), (24, 24, 32))
         draw_shape(ImageDraw.Draw(image), shape, x, y, radius, fill)
 
-        path = os.path.join(temporary, shape)
+        path = f"{temporary}/{shape}"
         os.makedirs(path, exist_ok=True)
-        image.resize((size, size), Image.Resampling.BOX).save(os.path.join(path, f"{i:04d}.png"))
+        image.resize((size, size), Image.Resampling.BOX).save(f"{path}/{i:04d}.png")
 
     # Another process may have drawn the same meanwhile.
     if not os.path.isdir(folder):
@@ -816,8 +799,10 @@ def load_vit(name, weights, flag="--encoder"):
     if "siglip" in name:
         options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
     if weights not in (None, "random"):
-        state = read_vit(weights, f"{flag}-weights")
-        # timm then converts and resamples what is in the file, as it does with its own.
+        file = read_weights(weights, f"{flag}-weights")
+        file = file.get("model", file.get("state_dict", file))  # as MAE's authors and timm write them
+        # Without the classifier timm loads it strictly. It converts and resamples, as it does with its own.
+        state = {key: value for key, value in file.items() if not key.startswith("head.")}
         options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
     if weights is None and repository:
@@ -835,16 +820,6 @@ def load_vit(name, weights, flag="--encoder"):
                 f"{flag} {name}: model.safetensors of {repository} can't be fetched from the Hugging Face hub"
             )
         raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
-
-
-def read_vit(path, flag):
-    """The state dict of a ViT's file without its classifier, so that timm loads it strictly."""
-    file = local_file(path, flag)
-    try:
-        state = load_state_dict(file, weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds
-        raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
-    return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 class Encoder(nn.Module):
@@ -998,9 +973,9 @@ def main(argv=None):
     if not max(2, world) <= num <= len(data):
         needed = f"statistics need two and one a rank, {max(2, world)}"
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
-    # That the file can be written shows best in its folder.
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    # That the file can be written shows best in its folder; with a dot, or a file might pass for one.
+    folder = os.path.join(os.path.dirname(args.out), ".")
+    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     encoder.to(device)

@@ -45,6 +45,7 @@ from rae_encoder import (
     check_pair,
     choose_precision,
     compile_blocks,
+    computing_flags,
     count,
     even_order,
     exact_fp32,
@@ -58,7 +59,6 @@ from rae_encoder import (
     local_file,
     positive,
     reason,
-    whole,
     write_file,
 )
 
@@ -96,9 +96,9 @@ RELEASED = {
 }
 
 
-def build_parser():
+def build_parser(add_help=True):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, add_help=add_help)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
     add = parser.add_argument_group("networks").add_argument
@@ -134,11 +134,8 @@ def build_parser():
     add("--layers", type=layer_list, metavar="I,J,...", help="of a bare decoder's encoder (RAEv2)")
     add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
 
-    add = parser.add_argument_group("computing").add_argument
-    add("--batch-size", type=count, default=256, help="images at once, over all ranks (%(default)s)")
-    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    add = computing_flags(parser)
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
 
@@ -151,11 +148,8 @@ def build_parser():
 
 def parse_args(argv=None):
     parser = build_parser()
-    # What decides other defaults is looked at first.
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--reconstruct", "--autoguide"):
-        first.add_argument(flag, nargs="?", const="released")
-    given = first.parse_known_args(argv)[0]
+    # What decides other defaults is looked at first: --help shows them.
+    given = build_parser(add_help=False).parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(given.preset, {}))
     if given.reconstruct:
         parser.set_defaults(num=None)
@@ -362,7 +356,7 @@ def guidance_scales(args, model, demo):
     return scale, internal
 
 
-def open_sampling(args, decoder, decoder_config, device, precision):
+def open_sampling(args, decoder, decoder_config, device):
     """Opens and checks what sampling needs -> Job. Raises SystemExit for networks that don't fit."""
     path = local_file(args.flow, "--flow")
     model = dit_dh.load(path, "--flow")
@@ -391,7 +385,6 @@ def open_sampling(args, decoder, decoder_config, device, precision):
     settings = {
         "flow": network_hash([*model.parameters(), mean, std]),
         "autoguide": network_hash(weak.parameters()) if weak else None,
-        "seed": args.seed,
         "classes": classes,
         "steps": steps,
         "solver": args.solver,
@@ -399,7 +392,6 @@ def open_sampling(args, decoder, decoder_config, device, precision):
         "t_end": args.t_end,
         "cfg": scale,
         "guidance_interval": args.guidance_interval,
-        "precision": precision,
     }
     if internal is not None:  # folders of older versions don't have it
         settings["internal_guidance"] = internal
@@ -435,7 +427,7 @@ def files_hash(data):
     return digest.hexdigest()[:12]
 
 
-def open_reconstruction(args, decoder, decoder_config, device, precision):
+def open_reconstruction(args, decoder, decoder_config, device):
     """Opens and checks what decode(encode(image)) needs -> Job. Raises SystemExit for another encoder."""
     size = decoder.grid * decoder.patch_size
     data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
@@ -465,8 +457,6 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
         "skip_broken": args.skip_broken,
         "encoder": encoder.hash,
         "latent_noise": args.latent_noise,
-        "seed": args.seed,
-        "precision": precision,
     }
     if layers:  # folders of older versions don't have it
         settings["layers"] = layers
@@ -495,15 +485,11 @@ def check_settings(out, path, settings):
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
 
-    # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
-    if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
-        del stored["reuse_body"]
-        stored["demo"] = settings["demo"]
-
-    differences = []
-    for key in stored | settings:
-        if stored.get(key) != settings.get(key):
-            differences.append(f"{key} {stored.get(key)} there and {settings.get(key)} here")
+    differences = [
+        f"{key} {stored.get(key)} there and {settings.get(key)} here"
+        for key in stored | settings
+        if stored.get(key) != settings.get(key)
+    ]
     if differences:
         problem = f"has images of other settings ({', '.join(differences)})"
         raise SystemExit(f"--out {out} {problem}: name another folder")
@@ -581,15 +567,16 @@ def write_grid(path, files, labels):
     classes = len(set(labels or [0]))
     # Up to ten, a multiple of the number of classes.
     columns = 10 - 10 % classes if classes <= 10 else 10
-    tiles = [np.array(Image.open(file)) for file in files[:100]]  # each (S,S,3)
-    size = len(tiles[0])
-    rows = math.ceil(len(tiles) / columns)
+    files = files[:100]
+    rows = math.ceil(len(files) / columns)
+    size = Image.open(files[0]).width
 
     # White where the last row is not full.
-    sheet = np.full((rows * columns, size, size, 3), 255, np.uint8)
-    sheet[: len(tiles)] = tiles
-    sheet = sheet.reshape(rows, columns, size, size, 3).swapaxes(1, 2)  # (rows,S,columns,S,3)
-    save_image(path, sheet.reshape(rows * size, columns * size, 3))
+    sheet = Image.new("RGB", (columns * size, rows * size), "white")
+    for i, file in enumerate(files):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.open(file), (column * size, row * size))
+    save_image(path, np.array(sheet))
 
 
 def write_npz(path, files, labels):
@@ -663,7 +650,9 @@ def main(argv=None):
         latent_shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]
         config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
         open_job = open_reconstruction if args.reconstruct else open_sampling
-        job = open_job(args, decoder.to(device), config, device, precision)
+        job = open_job(args, decoder.to(device), config, device)
+        job.settings["seed"] = args.seed
+        job.settings["precision"] = precision
         job.settings["decoder"] = network_hash(decoder.parameters())
         job.settings["demo"] = config.get("preset") == "demo"  # for fid.py
 
