@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import crop, normalize, pil_to_tensor
 from tqdm import tqdm
 
 # What belongs to the demo is used for the demo alone; fid.py trains nothing, so no other preset differs.
@@ -340,13 +340,14 @@ def check_reference(path):
 
 def fetch(url, flag, hash_prefix=None):
     """-> the path of a copy in torch.hub's folder, fetched once. Raises SystemExit where it can't be had."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    folder = f"{torch.hub.get_dir()}/checkpoints"
+    path = f"{folder}/{os.path.basename(url)}"
     if os.path.exists(path):
         return path
     # Named before it starts: without a network it may take long to fail.
     print(f"fetching {url}", file=sys.stderr)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with whole_file(path) as temporary:
             torch.hub.download_url_to_file(url, temporary, hash_prefix)
             if path.endswith(".npz"):  # torch.hub does not notice that a file is cut
@@ -501,9 +502,7 @@ def center_crop(image, size):
     width = round(image.width * scale)
     height = round(image.height * scale)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return crop(image, (height - size) // 2, (width - size) // 2, size, size)
 
 
 def map_npz(path):
@@ -573,7 +572,7 @@ class Images(Dataset):
 
         if self.crop:
             image = center_crop(image, self.crop)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
+        pixels = pil_to_tensor(image)  # (3,H,W)
         if self.shape not in (None, pixels.shape):
             sizes = f"{item!r} is {[*pixels.shape]}, {self.items[0]!r} is {[*self.shape]}"
             return f"{sizes}; --crop makes them equal"

@@ -38,8 +38,8 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.functional import resize
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 # Images and encoder of the presets that all scripts share. The demo's encoder is small and untrained.
@@ -218,6 +218,7 @@ def parse_with_preset(parser, presets, argv):
         first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
+    # What goes out of the preset is left to the flags' own defaults.
     preset = dict(presets.get(name, {}))
     for flag, keys in REPLACED.items():
         asked = getattr(given, flag)
@@ -409,10 +410,10 @@ def read_autoencoder(folder):
     config: as in our checkpoints, with "heads" and, where it has them, "statistics" (mean, var) of latents.
     sizes: of our Decoder. Raises OSError, KeyError or ValueError for another folder.
     """
-    with open(os.path.join(folder, "config.json")) as file:
+    with open(f"{folder}/config.json") as file:
         theirs = json.load(file)
     # The encoder in it is Hugging Face's and not read: ours is timm's.
-    state = load_file(os.path.join(folder, AUTOENCODER[0]))
+    state = load_file(f"{folder}/{AUTOENCODER[0]}")
     width = theirs["encoder_hidden_size"]
     size = {384: "small", 768: "base", 1024: "large"}[width]
     grid = theirs["encoder_input_size"] // theirs["encoder_patch_size"]
@@ -484,8 +485,8 @@ def complete(config):
 def difference(config, other):
     """The first key that both configs have, with different values, or None; weights count, not names."""
     other = complete(other)
-    # An alias and timm's full name are one encoder where the hash is one.
-    same_weights = "encoder_hash" in config and config["encoder_hash"] == other.get("encoder_hash")
+    # An alias and timm's full name are one encoder where the hash is one; two unknown hashes are not one.
+    same_weights = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
     for key, value in config.items():
         if other.get(key, value) != value and not (key == "encoder" and same_weights):
             return key
@@ -599,9 +600,7 @@ def center_crop(image, size):
     width = round(image.width * scale)
     height = round(image.height * scale)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return crop(image, (height - size) // 2, (width - size) // 2, size, size)
 
 
 def random_crop(image, size, rng):
@@ -610,7 +609,7 @@ def random_crop(image, size, rng):
     # Every window is as likely, the first and the last place included.
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
-    return image.crop((left, top, left + size, top + size))
+    return crop(image, top, left, size, size)
 
 
 class ImageData(Dataset):
@@ -633,8 +632,8 @@ class ImageData(Dataset):
         self.flag = flag
         self.about = self.root
         if os.path.isfile(self.root):  # one image is a folder of one
-            self.names = np.array([os.fsencode(os.path.basename(self.root))])
-            self.root = os.path.dirname(self.root) or "."
+            self.root, name = os.path.split(self.root)
+            self.names = np.array([os.fsencode(name)])
             self.classes = [""]
             self.labels = np.zeros(1, np.int32)
         else:
@@ -666,9 +665,8 @@ class ImageData(Dataset):
                 continue
             # Of (epoch, i) alone, whatever image came in the place of a broken one.
             image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S,S,3) -> (3,S,S)
-            return pixels, int(self.labels[candidate])
-        return f"{self.flag} {self.root}: every image is broken"
+            return pil_to_tensor(image), int(self.labels[candidate])
+        return f"{self.flag} {self.about}: every image is broken"
 
     def path(self, i):
         return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
@@ -700,7 +698,16 @@ def draw_demo(folder, num=2000, size=32):
         radius = rng.uniform(0.34, 0.46) * large
         x, y = rng.uniform(radius, large - radius, 2)
         image = Image.new("RGB", (large, large), (24, 24, 32))
-        draw_shape(ImageDraw.Draw(image), shape, x, y, radius, fill)
+        draw = ImageDraw.Draw(image)
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if shape == "circle":
+            draw.ellipse(box, fill)
+        elif shape == "ring":
+            draw.ellipse(box, outline=fill, width=int(radius / 2.5))
+        elif shape == "bar":
+            draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+        else:
+            draw.regular_polygon((x, y, radius), 3, fill=fill)
 
         path = f"{temporary}/{shape}"
         os.makedirs(path, exist_ok=True)
@@ -710,18 +717,6 @@ def draw_demo(folder, num=2000, size=32):
     if not os.path.isdir(folder):
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def draw_shape(draw, shape, x, y, radius, fill):
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        draw.ellipse(box, fill)
-    elif shape == "ring":
-        draw.ellipse(box, outline=fill, width=int(radius / 2.5))
-    elif shape == "bar":
-        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
-    else:
-        draw.regular_polygon((x, y, radius), 3, fill=fill)
 
 
 def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1):
@@ -745,7 +740,7 @@ def even_order(total, num, batch_size, rank=0, world=1):
     """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
     # Epoch 0: a centre crop draws nothing.
     mine = [(0, i * total // num) for i in range(rank, num, world)]
-    return [mine[j : j + batch_size] for j in range(0, len(mine), batch_size)]
+    return list(BatchSampler(mine, batch_size, drop_last=False))
 
 
 def collate(samples):

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageNetInfo
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 import dit_dh
@@ -101,6 +102,7 @@ def build_parser(add_help=True):
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, add_help=add_help)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
+    # The sizes of the networks are no flags: the files tell them.
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
@@ -152,7 +154,7 @@ def parse_args(argv=None):
     given = build_parser(add_help=False).parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(given.preset, {}))
     if given.reconstruct:
-        parser.set_defaults(num=None)
+        parser.set_defaults(num=None)  # all images of the folder
     if given.autoguide == "released":
         if given.preset not in RELEASED:
             raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(RELEASED)}")
@@ -303,6 +305,7 @@ def class_numbers(text, names, num_classes, flow):
 
 def open_statistics(args, file, decoder_config, latent_shape, device):
     """(mean, std), each (C,G,G): of --stats, the flow checkpoint `file`, the decoder or else the preset."""
+    # A flag goes before what the files know.
     if args.stats:
         mean, var = load_statistics(args.stats, latent_shape, "--stats")
     elif "mean" in file:
@@ -480,8 +483,7 @@ def open_reconstruction(args, decoder, decoder_config, device):
 def check_settings(out, path, settings):
     """Raises SystemExit where `path`, OUT/settings.json, says that the images are of other settings."""
     try:
-        with open(path) as file:
-            stored = dict(json.load(file))
+        stored = dict(json.loads(Path(path).read_bytes()))
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
 
@@ -501,7 +503,7 @@ def claim_folder(out, settings, files):
     Raises SystemExit for a folder of other settings, and where OUT or a file beside it can't be written: that
     must show before the work, not after it.
     """
-    path = os.path.join(out, "settings.json")
+    path = f"{out}/settings.json"
     if os.path.exists(path):
         check_settings(out, path, settings)
     elif any(Path(out).glob("*.png")):
@@ -511,6 +513,7 @@ def claim_folder(out, settings, files):
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out {out}: can't be written ({reason(error)})") from None
+    # The grid and the npz are written last.
     beside = os.path.abspath(out)
     parent = os.path.dirname(beside)
     if not os.access(parent, os.W_OK):
@@ -540,7 +543,7 @@ def on_first_rank(function, rank, world):
         dist.broadcast_object_list(answer)
         result, problem = answer
     if problem:
-        raise SystemExit(problem if rank == 0 else 1)
+        raise SystemExit(problem if rank == 0 else 1)  # one line, not one a rank
     return result
 
 
@@ -564,7 +567,7 @@ def make_images(job, batches, files, progress, world):
 
 def write_grid(path, files, labels):
     """The first 100 images on one sheet; where it can be, each column is of one class."""
-    classes = len(set(labels or [0]))
+    classes = len(set(labels or [0]))  # reconstructions have none
     # Up to ten, a multiple of the number of classes.
     columns = 10 - 10 % classes if classes <= 10 else 10
     files = files[:100]
@@ -582,6 +585,7 @@ def write_grid(path, files, labels):
 def write_npz(path, files, labels):
     """arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,), as np.savez writes them."""
     shape = np.array(Image.open(files[0])).shape  # (S,S,3)
+    # As np.save has it for uint8
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
 
     # One image in memory at a time: 50,000 of 256 px are 10 GB.
@@ -591,7 +595,7 @@ def write_npz(path, files, labels):
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(array, header)
                 for name in files:
-                    array.write(np.array(Image.open(name)).tobytes())
+                    array.write(Image.open(name).tobytes())
             with archive.open("arr_1.npy", "w") as array:
                 np.lib.format.write_array(array, np.array(labels))
 
@@ -657,11 +661,10 @@ def main(argv=None):
         job.settings["demo"] = config.get("preset") == "demo"  # for fid.py
 
         # What a run before this one left
-        files = [os.path.join(args.out, f"{i:06d}.png") for i in range(job.number)]
+        files = [f"{args.out}/{i:06d}.png" for i in range(job.number)]
         missing = on_first_rank(lambda: claim_folder(args.out, job.settings, files), rank, world)
         mine = missing[rank::world]
-        size = max(1, args.batch_size // world)
-        batches = [mine[j : j + size] for j in range(0, len(mine), size)]
+        batches = list(BatchSampler(mine, max(1, args.batch_size // world), drop_last=False))
 
         # The images
         if rank == 0:
