@@ -393,6 +393,7 @@ def local_file(path, flag):
         raise SystemExit(f"{flag} {path}: expected hub:OWNER/REPO/PATH")
 
     repository, wanted = parts.groups()
+    # All files of an autoencoder come to lie in one folder of the cache.
     for name in [wanted] if wanted else AUTOENCODER:
         try:
             announce_fetch(repository, name)
@@ -498,6 +499,7 @@ def check_pair(flow, flow_name, decoder, decoder_name):
     names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
     # The image sizes may differ: a decoder can have larger patches than the encoder.
     flow = complete(flow)
+    # A released file does not name its encoder: what is not known can't differ.
     ours = {name: flow[name] for name in names if name in flow}
     key = difference(ours, decoder)
     if key:
@@ -576,7 +578,7 @@ def to_rgb(image):
     Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
     """
     image.load()
-    # In place the pixels are turned first: what is broken in other metadata comes too late to matter.
+    # In place Pillow turns the pixels first, and only then meets what is broken in other metadata.
     with contextlib.suppress(Exception):  # of many kinds, in a picture that is whole
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -594,6 +596,7 @@ def to_rgb(image):
 
 def center_crop(image, size):
     """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
+    # By hand what Pillow's reducing_gap came to do: one large bicubic step is of lower quality.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -793,21 +796,21 @@ def load_vit(name, weights, flag="--encoder"):
     options = {}
     if "siglip" in name:
         options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
-    if weights not in (None, "random"):
-        file = read_weights(weights, f"{flag}-weights")
-        file = file.get("model", file.get("state_dict", file))  # as MAE's authors and timm write them
-        # Without the classifier timm loads it strictly. It converts and resamples, as it does with its own.
-        state = {key: value for key, value in file.items() if not key.startswith("head.")}
-        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
     if weights is None and repository:
         announce_fetch(repository, "model.safetensors")
 
     try:
+        if weights not in (None, "random"):
+            file = read_weights(weights, f"{flag}-weights")
+            state = file.get("state_dict", file.get("model", file))  # as timm and MAE's authors write it
+            # Without its classifier timm loads it strictly; it converts and resamples as it does its own.
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+            options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
             return timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
-    except Exception as error:  # timm and the hub raise many kinds
+    except Exception as error:  # odd files, timm and the hub raise many kinds
         if weights:
             problem = f"{flag}-weights {weights}: no weights of timm's {name}"
         else:

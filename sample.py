@@ -655,10 +655,12 @@ def main(argv=None):
         config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
         open_job = open_reconstruction if args.reconstruct else open_sampling
         job = open_job(args, decoder.to(device), config, device)
-        job.settings["seed"] = args.seed
-        job.settings["precision"] = precision
-        job.settings["decoder"] = network_hash(decoder.parameters())
-        job.settings["demo"] = config.get("preset") == "demo"  # for fid.py
+        job.settings.update(
+            seed=args.seed,
+            precision=precision,
+            decoder=network_hash(decoder.parameters()),
+            demo=config.get("preset") == "demo",  # for fid.py
+        )
 
         # What a run before this one left
         files = [f"{args.out}/{i:06d}.png" for i in range(job.number)]

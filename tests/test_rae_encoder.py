@@ -536,6 +536,7 @@ def test_networks_that_are_no_plain_vit_end_in_one_line(name):
         ("test_vit", None, "none.pt", "--encoder-weights none.pt: no such file"),
         ("test_vit", None, "text.pt", "--encoder-weights text.pt: not a file of weights ("),
         ("test_vit", None, "wrong.pt", "--encoder-weights wrong.pt: no weights of timm's test_vit ("),
+        ("test_vit", None, "level.pt", "--encoder-weights level.pt: no weights of timm's test_vit ("),
         ("test_vit", None, "wide.pt", "size mismatch for cls_token: copying a param with shape"),
         (
             "dinov2-small",
@@ -550,6 +551,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch, name, size, weights
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.save({"wrong": torch.zeros(1)}, "wrong.pt")
+    torch.save({"model": "test_vit"}, "level.pt")
     torch.save(timm.create_model("test_vit", embed_dim=128).state_dict(), "wide.pt")
     Path("text.pt").write_text("no weights")
     found = message(Encoder, name, size, 256, weights)
