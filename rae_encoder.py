@@ -37,6 +37,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import load_state_dict
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import crop, pil_to_tensor, resize
@@ -298,6 +299,7 @@ def join_ranks(device_name):
 @contextlib.contextmanager
 def exact_fp32():
     """Within it, or in a function that it decorates, fp32 is not TF32, convolutions included."""
+    # TF32 keeps 10 of the 23 bits of a mantissa.
     outside = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -802,15 +804,14 @@ def load_vit(name, weights, flag="--encoder"):
 
     try:
         if weights not in (None, "random"):
-            file = read_weights(weights, f"{flag}-weights")
-            state = file.get("state_dict", file.get("model", file))  # as timm and MAE's authors write it
+            state = load_state_dict(local_file(weights, f"{flag}-weights"), weights_only=True)
             # Without its classifier timm loads it strictly; it converts and resamples as it does its own.
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
             options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
             return timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
-    except Exception as error:  # odd files, timm and the hub raise many kinds
+    except Exception as error:  # timm, torch, safetensors and the hub raise many kinds
         if weights:
             problem = f"{flag}-weights {weights}: no weights of timm's {name}"
         else:
