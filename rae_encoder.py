@@ -34,12 +34,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import load_state_dict
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 # Images and encoder of the presets that all scripts share. The demo's encoder is small and untrained.
@@ -86,16 +87,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
-
-UPRIGHT = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def parse_args(argv=None):
@@ -163,12 +154,6 @@ def common_parser(description, presets):
     add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
     add("--image-size", type=count, default=256, help="pixels a side (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    add(
-        "--workers",
-        type=whole,
-        default=min(8, os.cpu_count()),
-        help="loading processes of a rank (%(default)s)",
-    )
 
     add = parser.add_argument_group("encoder").add_argument
     names = ", ".join(ALIASES)
@@ -182,11 +167,19 @@ def common_parser(description, presets):
         help="blocks to average, from 0 (RAEv2); default: the last alone",
     )
 
-    add = parser.add_argument_group("computing").add_argument
-    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
+    add = computing_flags(parser)
     add("--seed", type=whole, default=0, help="of every random number (%(default)s)")
-    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
     return parser
+
+
+def computing_flags(parser):
+    """Adds the flags that sample.py has as well; returns how to add more to their group."""
+    add = parser.add_argument_group("computing").add_argument
+    workers = min(8, os.cpu_count())
+    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
+    add("--workers", type=whole, default=workers, help="loading processes of a rank (%(default)s)")
+    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    return add
 
 
 def training_parser(description, presets):
@@ -226,15 +219,15 @@ def parse_with_preset(parser, presets, argv):
         first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    preset = presets.get(name, {})
-    void = set()
+    # What goes out of the preset is left to the flags' own defaults.
+    preset = dict(presets.get(name, {}))
     for flag, keys in REPLACED.items():
         asked = getattr(given, flag)
         # A network is named with its own sizes, also where the preset's has that name.
         if asked and (flag == "model" or asked != str(preset.get(flag))):
-            void.update(keys)
-    defaults = {key: value for key, value in preset.items() if key not in void}
-    parser.set_defaults(**defaults, preset=name)
+            for key in keys:
+                preset.pop(key, None)
+    parser.set_defaults(**preset, preset=name)
     args = parser.parse_args(argv)
 
     # Only the demo makes its own images.
@@ -296,8 +289,8 @@ def join_ranks(device_name):
         # torch 2.14 has a new name for this flag of DDP's, older ones don't know it.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         # An hour, since the others wait while rank 0 saves and draws a preview.
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(timeout=datetime.timedelta(hours=1), **options)
+        hour = datetime.timedelta(hours=1)
+        dist.init_process_group(timeout=hour, device_id=device if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as released: six times fp32's rate on an H100
     return rank, world, device
@@ -306,6 +299,7 @@ def join_ranks(device_name):
 @contextlib.contextmanager
 def exact_fp32():
     """Within it, or in a function that it decorates, fp32 is not TF32, convolutions included."""
+    # TF32 keeps 10 of the 23 bits of a mantissa.
     outside = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -372,9 +366,7 @@ def run(main):
 def reason(error):
     """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
     # Of several lines the first says what happened.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):
-        lines = lines[1:]
+    lines = re.sub(r"^Error\(s\) in loading.*\n\s*", "", str(error).strip()).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
@@ -403,6 +395,7 @@ def local_file(path, flag):
         raise SystemExit(f"{flag} {path}: expected hub:OWNER/REPO/PATH")
 
     repository, wanted = parts.groups()
+    # All files of an autoencoder come to lie in one folder of the cache.
     for name in [wanted] if wanted else AUTOENCODER:
         try:
             announce_fetch(repository, name)
@@ -420,10 +413,10 @@ def read_autoencoder(folder):
     config: as in our checkpoints, with "heads" and, where it has them, "statistics" (mean, var) of latents.
     sizes: of our Decoder. Raises OSError, KeyError or ValueError for another folder.
     """
-    with open(os.path.join(folder, "config.json")) as file:
+    with open(f"{folder}/config.json") as file:
         theirs = json.load(file)
     # The encoder in it is Hugging Face's and not read: ours is timm's.
-    state = load_file(os.path.join(folder, AUTOENCODER[0]))
+    state = load_file(f"{folder}/{AUTOENCODER[0]}")
     width = theirs["encoder_hidden_size"]
     size = {384: "small", 768: "base", 1024: "large"}[width]
     grid = theirs["encoder_input_size"] // theirs["encoder_patch_size"]
@@ -495,8 +488,8 @@ def complete(config):
 def difference(config, other):
     """The first key that both configs have, with different values, or None; weights count, not names."""
     other = complete(other)
-    # An alias and timm's full name are one encoder where the hash is one.
-    same_weights = "encoder_hash" in config and config["encoder_hash"] == other.get("encoder_hash")
+    # An alias and timm's full name are one encoder where the hash is one; two unknown hashes are not one.
+    same_weights = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
     for key, value in config.items():
         if other.get(key, value) != value and not (key == "encoder" and same_weights):
             return key
@@ -508,6 +501,7 @@ def check_pair(flow, flow_name, decoder, decoder_name):
     names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
     # The image sizes may differ: a decoder can have larger patches than the encoder.
     flow = complete(flow)
+    # A released file does not name its encoder: what is not known can't differ.
     ours = {name: flow[name] for name in names if name in flow}
     key = difference(ours, decoder)
     if key:
@@ -548,12 +542,12 @@ def list_images(root, flag):
     left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in listed:
+        real = os.path.realpath(folder)
+        if real in listed:
             left_out["folders listed before"] += 1
             subfolders.clear()  # a link to itself or a parent ends here
             continue
-        listed.add((status.st_dev, status.st_ino))
+        listed.add(real)
 
         # os.walk goes on with what is left in this list, in its order.
         subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
@@ -586,12 +580,9 @@ def to_rgb(image):
     Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
     """
     image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of many kinds, in a picture that is whole
-        orientation = None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    # In place Pillow turns the pixels first, and only then meets what is broken in other metadata.
+    with contextlib.suppress(Exception):  # of many kinds, in a picture that is whole
+        ImageOps.exif_transpose(image, in_place=True)
 
     # Pillow's own conversion of 16-bit grey clips at 255.
     if image.mode.startswith("I"):
@@ -607,28 +598,23 @@ def to_rgb(image):
 
 def center_crop(image, size):
     """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
+    # By hand what Pillow's reducing_gap came to do: one large bicubic step is of lower quality.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width = round(image.width * scale)
     height = round(image.height * scale)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return crop(image, (height - size) // 2, (width - size) // 2, size, size)
 
 
 def random_crop(image, size, rng):
     """PIL image -> short side to 1.5 size, then a random size x size crop (stage 1, paper appendix)."""
-    # 384 pixels for images of 256
-    short = int(1.5 * size)
-    long = int(1.5 * size * max(image.size) / min(image.size))  # as torchvision's Resize
-    width, height = (short, long) if image.width <= image.height else (long, short)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = resize(image, int(1.5 * size), Image.Resampling.BICUBIC)  # 384 pixels for images of 256
     # Every window is as likely, the first and the last place included.
-    left = rng.integers(width - size + 1)
-    top = rng.integers(height - size + 1)
-    return image.crop((left, top, left + size, top + size))
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
+    return crop(image, top, left, size, size)
 
 
 class ImageData(Dataset):
@@ -651,13 +637,14 @@ class ImageData(Dataset):
         self.flag = flag
         self.about = self.root
         if os.path.isfile(self.root):  # one image is a folder of one
-            self.names = np.array([os.fsencode(os.path.basename(self.root))])
-            self.root = os.path.dirname(self.root) or "."
+            self.root, name = os.path.split(self.root)
+            self.names = np.array([os.fsencode(name)])
             self.classes = [""]
             self.labels = np.zeros(1, np.int32)
         else:
             self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
-            self.about = f"{self.root} ({left_out})" if left_out else self.root
+            if left_out:
+                self.about += f" ({left_out})"
         self.size = size
         self.augment = augment
         self.seed = seed
@@ -683,9 +670,8 @@ class ImageData(Dataset):
                 continue
             # Of (epoch, i) alone, whatever image came in the place of a broken one.
             image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S,S,3) -> (3,S,S)
-            return pixels, int(self.labels[candidate])
-        return f"{self.flag} {self.root}: every image is broken"
+            return pil_to_tensor(image), int(self.labels[candidate])
+        return f"{self.flag} {self.about}: every image is broken"
 
     def path(self, i):
         return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
@@ -717,28 +703,25 @@ def draw_demo(folder, num=2000, size=32):
         radius = rng.uniform(0.34, 0.46) * large
         x, y = rng.uniform(radius, large - radius, 2)
         image = Image.new("RGB", (large, large), (24, 24, 32))
-        draw_shape(ImageDraw.Draw(image), shape, x, y, radius, fill)
+        draw = ImageDraw.Draw(image)
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if shape == "circle":
+            draw.ellipse(box, fill)
+        elif shape == "ring":
+            draw.ellipse(box, outline=fill, width=int(radius / 2.5))
+        elif shape == "bar":
+            draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+        else:
+            draw.regular_polygon((x, y, radius), 3, fill=fill)
 
-        path = os.path.join(temporary, shape)
+        path = f"{temporary}/{shape}"
         os.makedirs(path, exist_ok=True)
-        image.resize((size, size), Image.Resampling.BOX).save(os.path.join(path, f"{i:04d}.png"))
+        image.resize((size, size), Image.Resampling.BOX).save(f"{path}/{i:04d}.png")
 
     # Another process may have drawn the same meanwhile.
     if not os.path.isdir(folder):
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def draw_shape(draw, shape, x, y, radius, fill):
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        draw.ellipse(box, fill)
-    elif shape == "ring":
-        draw.ellipse(box, outline=fill, width=int(radius / 2.5))
-    elif shape == "bar":
-        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
-    else:
-        draw.regular_polygon((x, y, radius), 3, fill=fill)
 
 
 def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1):
@@ -762,7 +745,7 @@ def even_order(total, num, batch_size, rank=0, world=1):
     """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
     # Epoch 0: a centre crop draws nothing.
     mine = [(0, i * total // num) for i in range(rank, num, world)]
-    return [mine[j : j + batch_size] for j in range(0, len(mine), batch_size)]
+    return list(BatchSampler(mine, batch_size, drop_last=False))
 
 
 def collate(samples):
@@ -815,19 +798,20 @@ def load_vit(name, weights, flag="--encoder"):
     options = {}
     if "siglip" in name:
         options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
-    if weights not in (None, "random"):
-        state = read_vit(weights, f"{flag}-weights")
-        # timm then converts and resamples what is in the file, as it does with its own.
-        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
     if weights is None and repository:
         announce_fetch(repository, "model.safetensors")
 
     try:
+        if weights not in (None, "random"):
+            state = load_state_dict(local_file(weights, f"{flag}-weights"), weights_only=True)
+            # Without its classifier timm loads it strictly; it converts and resamples as it does its own.
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+            options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
             return timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
-    except Exception as error:  # timm and the hub raise many kinds
+    except Exception as error:  # timm, torch, safetensors and the hub raise many kinds
         if weights:
             problem = f"{flag}-weights {weights}: no weights of timm's {name}"
         else:
@@ -835,16 +819,6 @@ def load_vit(name, weights, flag="--encoder"):
                 f"{flag} {name}: model.safetensors of {repository} can't be fetched from the Hugging Face hub"
             )
         raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
-
-
-def read_vit(path, flag):
-    """The state dict of a ViT's file without its classifier, so that timm loads it strictly."""
-    file = local_file(path, flag)
-    try:
-        state = load_state_dict(file, weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds
-        raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
-    return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 class Encoder(nn.Module):
@@ -998,9 +972,9 @@ def main(argv=None):
     if not max(2, world) <= num <= len(data):
         needed = f"statistics need two and one a rank, {max(2, world)}"
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
-    # That the file can be written shows best in its folder.
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    # That the file can be written shows best in its folder; with a dot, or a file might pass for one.
+    folder = os.path.join(os.path.dirname(args.out), ".")
+    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
     encoder.to(device)

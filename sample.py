@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageNetInfo
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 import dit_dh
@@ -45,6 +46,7 @@ from rae_encoder import (
     check_pair,
     choose_precision,
     compile_blocks,
+    computing_flags,
     count,
     even_order,
     exact_fp32,
@@ -58,7 +60,6 @@ from rae_encoder import (
     local_file,
     positive,
     reason,
-    whole,
     write_file,
 )
 
@@ -96,11 +97,12 @@ RELEASED = {
 }
 
 
-def build_parser():
+def build_parser(add_help=True):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, add_help=add_help)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
+    # The sizes of the networks are no flags: the files tell them.
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
@@ -134,11 +136,8 @@ def build_parser():
     add("--layers", type=layer_list, metavar="I,J,...", help="of a bare decoder's encoder (RAEv2)")
     add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    add("--workers", type=whole, default=min(8, os.cpu_count()), help="loading processes (%(default)s)")
 
-    add = parser.add_argument_group("computing").add_argument
-    add("--batch-size", type=count, default=256, help="images at once, over all ranks (%(default)s)")
-    add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
+    add = computing_flags(parser)
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
 
@@ -151,14 +150,11 @@ def build_parser():
 
 def parse_args(argv=None):
     parser = build_parser()
-    # What decides other defaults is looked at first.
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--reconstruct", "--autoguide"):
-        first.add_argument(flag, nargs="?", const="released")
-    given = first.parse_known_args(argv)[0]
+    # What decides other defaults is looked at first: --help shows them.
+    given = build_parser(add_help=False).parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(given.preset, {}))
     if given.reconstruct:
-        parser.set_defaults(num=None)
+        parser.set_defaults(num=None)  # all images of the folder
     if given.autoguide == "released":
         if given.preset not in RELEASED:
             raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(RELEASED)}")
@@ -309,6 +305,7 @@ def class_numbers(text, names, num_classes, flow):
 
 def open_statistics(args, file, decoder_config, latent_shape, device):
     """(mean, std), each (C,G,G): of --stats, the flow checkpoint `file`, the decoder or else the preset."""
+    # A flag goes before what the files know.
     if args.stats:
         mean, var = load_statistics(args.stats, latent_shape, "--stats")
     elif "mean" in file:
@@ -362,7 +359,7 @@ def guidance_scales(args, model, demo):
     return scale, internal
 
 
-def open_sampling(args, decoder, decoder_config, device, precision):
+def open_sampling(args, decoder, decoder_config, device):
     """Opens and checks what sampling needs -> Job. Raises SystemExit for networks that don't fit."""
     path = local_file(args.flow, "--flow")
     model = dit_dh.load(path, "--flow")
@@ -391,7 +388,6 @@ def open_sampling(args, decoder, decoder_config, device, precision):
     settings = {
         "flow": network_hash([*model.parameters(), mean, std]),
         "autoguide": network_hash(weak.parameters()) if weak else None,
-        "seed": args.seed,
         "classes": classes,
         "steps": steps,
         "solver": args.solver,
@@ -399,7 +395,6 @@ def open_sampling(args, decoder, decoder_config, device, precision):
         "t_end": args.t_end,
         "cfg": scale,
         "guidance_interval": args.guidance_interval,
-        "precision": precision,
     }
     if internal is not None:  # folders of older versions don't have it
         settings["internal_guidance"] = internal
@@ -435,7 +430,7 @@ def files_hash(data):
     return digest.hexdigest()[:12]
 
 
-def open_reconstruction(args, decoder, decoder_config, device, precision):
+def open_reconstruction(args, decoder, decoder_config, device):
     """Opens and checks what decode(encode(image)) needs -> Job. Raises SystemExit for another encoder."""
     size = decoder.grid * decoder.patch_size
     data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
@@ -465,8 +460,6 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
         "skip_broken": args.skip_broken,
         "encoder": encoder.hash,
         "latent_noise": args.latent_noise,
-        "seed": args.seed,
-        "precision": precision,
     }
     if layers:  # folders of older versions don't have it
         settings["layers"] = layers
@@ -490,20 +483,15 @@ def open_reconstruction(args, decoder, decoder_config, device, precision):
 def check_settings(out, path, settings):
     """Raises SystemExit where `path`, OUT/settings.json, says that the images are of other settings."""
     try:
-        with open(path) as file:
-            stored = dict(json.load(file))
+        stored = dict(json.loads(Path(path).read_bytes()))
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
 
-    # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
-    if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
-        del stored["reuse_body"]
-        stored["demo"] = settings["demo"]
-
-    differences = []
-    for key in stored | settings:
-        if stored.get(key) != settings.get(key):
-            differences.append(f"{key} {stored.get(key)} there and {settings.get(key)} here")
+    differences = [
+        f"{key} {stored.get(key)} there and {settings.get(key)} here"
+        for key in stored | settings
+        if stored.get(key) != settings.get(key)
+    ]
     if differences:
         problem = f"has images of other settings ({', '.join(differences)})"
         raise SystemExit(f"--out {out} {problem}: name another folder")
@@ -515,7 +503,7 @@ def claim_folder(out, settings, files):
     Raises SystemExit for a folder of other settings, and where OUT or a file beside it can't be written: that
     must show before the work, not after it.
     """
-    path = os.path.join(out, "settings.json")
+    path = f"{out}/settings.json"
     if os.path.exists(path):
         check_settings(out, path, settings)
     elif any(Path(out).glob("*.png")):
@@ -525,6 +513,7 @@ def claim_folder(out, settings, files):
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out {out}: can't be written ({reason(error)})") from None
+    # The grid and the npz are written last.
     beside = os.path.abspath(out)
     parent = os.path.dirname(beside)
     if not os.access(parent, os.W_OK):
@@ -554,7 +543,7 @@ def on_first_rank(function, rank, world):
         dist.broadcast_object_list(answer)
         result, problem = answer
     if problem:
-        raise SystemExit(problem if rank == 0 else 1)
+        raise SystemExit(problem if rank == 0 else 1)  # one line, not one a rank
     return result
 
 
@@ -578,23 +567,25 @@ def make_images(job, batches, files, progress, world):
 
 def write_grid(path, files, labels):
     """The first 100 images on one sheet; where it can be, each column is of one class."""
-    classes = len(set(labels or [0]))
+    classes = len(set(labels or [0]))  # reconstructions have none
     # Up to ten, a multiple of the number of classes.
     columns = 10 - 10 % classes if classes <= 10 else 10
-    tiles = [np.array(Image.open(file)) for file in files[:100]]  # each (S,S,3)
-    size = len(tiles[0])
-    rows = math.ceil(len(tiles) / columns)
+    files = files[:100]
+    rows = math.ceil(len(files) / columns)
+    size = Image.open(files[0]).width
 
     # White where the last row is not full.
-    sheet = np.full((rows * columns, size, size, 3), 255, np.uint8)
-    sheet[: len(tiles)] = tiles
-    sheet = sheet.reshape(rows, columns, size, size, 3).swapaxes(1, 2)  # (rows,S,columns,S,3)
-    save_image(path, sheet.reshape(rows * size, columns * size, 3))
+    sheet = Image.new("RGB", (columns * size, rows * size), "white")
+    for i, file in enumerate(files):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.open(file), (column * size, row * size))
+    save_image(path, np.array(sheet))
 
 
 def write_npz(path, files, labels):
     """arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,), as np.savez writes them."""
     shape = np.array(Image.open(files[0])).shape  # (S,S,3)
+    # As np.save has it for uint8
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
 
     # One image in memory at a time: 50,000 of 256 px are 10 GB.
@@ -604,7 +595,7 @@ def write_npz(path, files, labels):
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(array, header)
                 for name in files:
-                    array.write(np.array(Image.open(name)).tobytes())
+                    array.write(Image.open(name).tobytes())
             with archive.open("arr_1.npy", "w") as array:
                 np.lib.format.write_array(array, np.array(labels))
 
@@ -663,16 +654,19 @@ def main(argv=None):
         latent_shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]
         config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
         open_job = open_reconstruction if args.reconstruct else open_sampling
-        job = open_job(args, decoder.to(device), config, device, precision)
-        job.settings["decoder"] = network_hash(decoder.parameters())
-        job.settings["demo"] = config.get("preset") == "demo"  # for fid.py
+        job = open_job(args, decoder.to(device), config, device)
+        job.settings.update(
+            seed=args.seed,
+            precision=precision,
+            decoder=network_hash(decoder.parameters()),
+            demo=config.get("preset") == "demo",  # for fid.py
+        )
 
         # What a run before this one left
-        files = [os.path.join(args.out, f"{i:06d}.png") for i in range(job.number)]
+        files = [f"{args.out}/{i:06d}.png" for i in range(job.number)]
         missing = on_first_rank(lambda: claim_folder(args.out, job.settings, files), rank, world)
         mine = missing[rank::world]
-        size = max(1, args.batch_size // world)
-        batches = [mine[j : j + size] for j in range(0, len(mine), size)]
+        batches = list(BatchSampler(mine, max(1, args.batch_size // world), drop_last=False))
 
         # The images
         if rank == 0:

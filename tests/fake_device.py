@@ -233,7 +233,7 @@ def run_sampling(script, monkeypatch, *flags):
     monkeypatch.setattr(dit_dh, "read", lambda path, flag: statistics)
     monkeypatch.setattr(script, "network_hash", lambda tensors: "")
     args = script.parse_args(["--num", "6", "--steps", "4", *flags])
-    job = script.open_sampling(args, make_decoder().eval(), {}, GPU, "bf16")
+    job = script.open_sampling(args, make_decoder().eval(), {}, GPU)
     with torch.no_grad(), torch.autocast("gpu", torch.bfloat16):
         for made in job.images([[0, 1, 2, 3], [4, 5]]):
             on_device(made)

@@ -495,6 +495,9 @@ def test_the_hash_is_of_the_weights_alone(tmp_path):
     torch.save(vit.state_dict(), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
     a, b = (Encoder("test_vit", size, weights=str(tmp_path / f)) for f, size in (("a.pt", 64), ("b.pt", 32)))
     assert a.hash == b.hash and len(a.hash) == 12
+    for level in ("model", "state_dict"):  # as MAE's authors and timm write their files
+        torch.save({level: vit.state_dict(), "epoch": 5}, tmp_path / "c.pt")
+        assert Encoder("test_vit", 64, weights=str(tmp_path / "c.pt")).hash == a.hash
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.bias[3] += 1e-6
     torch.save(vit.state_dict(), tmp_path / "a.pt")
@@ -531,8 +534,9 @@ def test_networks_that_are_no_plain_vit_end_in_one_line(name):
             "--encoder-size 65: the encoder would see 65 pixels, no multiple of its patch size, 16",
         ),
         ("test_vit", None, "none.pt", "--encoder-weights none.pt: no such file"),
-        ("test_vit", None, "text.pt", "--encoder-weights text.pt: not a file of weights ("),
+        ("test_vit", None, "text.pt", "--encoder-weights text.pt: no weights of timm's test_vit ("),
         ("test_vit", None, "wrong.pt", "--encoder-weights wrong.pt: no weights of timm's test_vit ("),
+        ("test_vit", None, "level.pt", "--encoder-weights level.pt: no weights of timm's test_vit ("),
         ("test_vit", None, "wide.pt", "size mismatch for cls_token: copying a param with shape"),
         (
             "dinov2-small",
@@ -547,6 +551,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch, name, size, weights
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.save({"wrong": torch.zeros(1)}, "wrong.pt")
+    torch.save({"model": "test_vit"}, "level.pt")
     torch.save(timm.create_model("test_vit", embed_dim=128).state_dict(), "wide.pt")
     Path("text.pt").write_text("no weights")
     found = message(Encoder, name, size, 256, weights)
@@ -781,7 +786,7 @@ def test_no_code_of_encoder_weights_runs_with_an_old_timm(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rae_encoder, "load_state_dict", load_state_dict)
     torch.save({"a": Malicious()}, "x.pt")
-    assert "x.pt: not a file of weights (" in message(Encoder, "test_vit", 64, 64, "x.pt")
+    assert "x.pt: no weights of timm's test_vit (" in message(Encoder, "test_vit", 64, 64, "x.pt")
     assert not Path("hacked").exists()
     load_state_dict("x.pt")
     assert Path("hacked").exists()
