@@ -394,10 +394,6 @@ def plan_steps(images, args, world):
 
 def parallel(network, blocks, compile, device):
     """The network as it is trained: its blocks compiled, and in DDP."""
-    # On a CPU the fused attention's gradient takes twice the time of the same products one by one, in bf16
-    # and for short sequences ten times.
-    if device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too
     compile_blocks(blocks, compile, device)
     return DistributedDataParallel(network, broadcast_buffers=False) if dist.is_initialized() else network
 

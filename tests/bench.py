@@ -174,7 +174,7 @@ def training_step(model, loss, precision):
     optimizer = rae_decoder_train.adamw(model, 1e-4)
 
     def step():
-        flow_train.parallel(model, [], False, DEVICE)  # it chooses the kind of attention
+        torch.backends.cuda.enable_flash_sdp(DEVICE.type != "cpu")  # as rae_encoder.set_up
         with autocast(precision):
             value = loss(model)
         optimizer.zero_grad()
@@ -188,7 +188,7 @@ def forward(run, precision):
     """-> run() without gradients, under autocast."""
 
     def call():
-        torch.backends.cuda.enable_flash_sdp(True)  # as torch starts; training on a CPU goes without
+        torch.backends.cuda.enable_flash_sdp(True)  # as torch starts, and as sample.py runs
         with torch.no_grad(), autocast(precision):
             return run()
 

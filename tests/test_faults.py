@@ -515,9 +515,9 @@ def test_safetensors_wherever_weights_are_read(folder):
         (
             flow_train,
             f"{COMMON} --hold-epochs 50",
-            "--hold-epochs ends at step 100, --decay-epochs at step 80",
+            "--hold-epochs ends at step 100, --decay-epochs at step 56",
         ),
-        (flow_train, f"{COMMON} --decay-epochs 3", "--hold-epochs ends at step 24, --decay-epochs at step 6"),
+        (flow_train, f"{COMMON} --decay-epochs 3", "--hold-epochs ends at step 16, --decay-epochs at step 6"),
         (rae_decoder_train, "", "22 images, fewer than --batch-size 32"),
         (rae_decoder_train, "--batch-size 4 --accum 3", "--batch-size 4 is no multiple of 1 ranks x 3"),
         (rae_decoder_train, f"{COMMON} --image-size 30", "--image-size 30: the encoder would see 30 pixels"),

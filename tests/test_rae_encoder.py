@@ -376,11 +376,16 @@ def test_damaged_files_are_read_or_named_and_nothing_else(tmp_path):
 
 def test_bad_folders_end_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file.png").write_text("no folder")
-    lines = {"none": "No such file or directory", "file.png": "Not a directory", "empty": "no .png .jpg"}
+    lines = {"none": "No such file or directory", "empty": "no .png .jpg"}
     for path, line in lines.items():
         found = message(ImageData, str(tmp_path / path), 32)
         assert found.startswith(f"--data {tmp_path / path}: {line}")
+
+    # A file is taken for an image.
+    (tmp_path / "file.txt").write_text("no image")
+    assert ImageData(str(tmp_path / "file.txt"), 32)[0, 0].startswith(
+        f"{tmp_path / 'file.txt'}: not a readable"
+    )
 
 
 def test_the_demo_draws_the_same_pixels(tmp_path):
