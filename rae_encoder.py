@@ -26,6 +26,7 @@ import signal
 import sys
 import warnings
 import zipfile
+from functools import partial
 
 import numpy as np
 import timm
@@ -103,11 +104,17 @@ def parse_args(argv=None):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake ends in one line, which names the nearest flag."""
 
+    def __init__(self, **options):
+        # Most flags and their help share a line, and no list of all flags comes before them.
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        usage = "%(prog)s [--flag value ...]"
+        super().__init__(formatter_class=layout, usage=usage, allow_abbrev=False, **options)
+
     def error(self, message):
         # argparse names the nearest choice of a value, but not the nearest flag.
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
+            flags = re.findall(r"--[\w-]+", self.format_help())
             near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1)
             message += f" (perhaps {near[0]}?)" if near else ""
         raise SystemExit(f"{self.prog}: {message}; --help lists the flags")
@@ -145,8 +152,7 @@ def layer_list(text):
 
 def common_parser(description, presets):
     """A parser with the flags of every stage that encodes images."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=description)
     help = "the defaults of other flags; default: small with --data, demo without"
     parser.add_argument("--preset", choices=presets, help=help)
 
@@ -214,7 +220,7 @@ def training_parser(description, presets):
 def parse_with_preset(parser, presets, argv):
     """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
     # These decide other defaults, so they are looked at first.
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     for flag in ("preset", "data", *REPLACED):
         first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]

@@ -98,8 +98,7 @@ RELEASED = {
 
 
 def build_parser(add_help=True):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, add_help=add_help)
+    parser = Parser(description=__doc__, add_help=add_help)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
 
     # The sizes of the networks are no flags: the files tell them.
