@@ -39,7 +39,7 @@ def sincos_position(width, grid):
     times omega_k = 10000^(-k / (width / 4)), computed in float64.
     """
     omega = 10000.0 ** (-torch.arange(width // 4).double() / (width / 4))
-    angle = torch.outer(torch.arange(grid).double(), omega)  # (grid, width / 4)
+    angle = torch.arange(grid)[:, None] * omega  # (grid, width / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width / 2)
     column = axis.repeat(grid, 1)  # (N, width / 2)
     row = axis.repeat_interleave(grid, dim=0)
@@ -394,8 +394,8 @@ def build(name, latent_shape, num_classes, prediction="v", base_depth=None, **si
     # Rotary positions turn pairs of channels, half of them by the row and half by the column.
     for width, heads in (("width", "heads"), ("head_width", "head_heads")):
         if width in chosen and chosen[width] % (4 * chosen[heads]):
-            factor = 4 * chosen[heads]
-            raise SystemExit(f"{width} {chosen[width]}: must be a multiple of 4 * {heads}, here {factor}")
+            problem = f"must be a multiple of 4 * {heads}, here {4 * chosen[heads]}"
+            raise SystemExit(f"{width} {chosen[width]}: {problem}")
     if base_depth is not None and not 1 <= base_depth <= chosen["depth"]:
         raise SystemExit(f"--base-depth {base_depth}: the body has blocks 1 to {chosen['depth']}")
     if prediction not in ("v", "x"):
@@ -487,12 +487,9 @@ def load(path, flag="--flow"):
     with torch.device("meta"):
         if file.get("format") == "rae-flow/1":
             config = file["config"]
-            sizes = dict(config["sizes"])
-            sizes.pop("patch", None)  # in older checkpoints, always 1
-            prediction = config.get("prediction", "v")
-            base_depth = config.get("base_depth")
+            output = {key: config[key] for key in ("prediction", "base_depth") if key in config}
             shape = config["latent_shape"]
-            model = build(config["model"], shape, config["num_classes"], prediction, base_depth, **sizes)
+            model = build(config["model"], shape, config["num_classes"], **output, **config["sizes"])
         else:
             try:
                 model = from_shapes(state)
@@ -505,9 +502,9 @@ def load(path, flag="--flow"):
             raise SystemExit(f"{foreign} (it has no {key})")
         if key not in expected:
             raise SystemExit(f"{foreign} ({key} is unknown)")
-        given = list(state[key].shape)
-        wanted = list(expected[key].shape)
+        given = state[key].shape
+        wanted = expected[key].shape
         if given != wanted:
-            raise SystemExit(f"{foreign} ({key} has the shape {given}, not {wanted})")
+            raise SystemExit(f"{foreign} ({key} has the shape {[*given]}, not {[*wanted]})")
     model.to_empty(device="cpu").load_state_dict(state)
     return model.eval()
