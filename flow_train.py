@@ -228,10 +228,10 @@ def milestones(args, steps_per_epoch, steps):
 
 def available_memory():
     """Bytes that this machine can give without swapping; infinite where it does not tell."""
-    if not os.path.exists("/proc/meminfo"):
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return math.inf
-    with open("/proc/meminfo") as file:
-        kilobytes = re.search(r"MemAvailable:\s+(\d+)", file.read())
+    kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
     return 1024 * int(kilobytes[1])
 
 
@@ -651,19 +651,6 @@ def save_preview(folder, step, log, last, decoder, num_classes, device):
         log_picture(log, step, f"{samples}.png")
 
 
-def step_options(args, shift, precision):
-    """The keyword arguments of train_step."""
-    return {
-        "time_dist": args.time_dist,
-        "shift": shift,
-        "clip": args.clip,
-        "accum": args.accum,
-        "precision": precision,
-        "prediction": args.prediction,
-        "with_base": args.base_depth is not None,
-    }
-
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)
@@ -699,7 +686,10 @@ def main(argv=None):
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    options = step_options(args, config["shift"], precision)
+    options = {name: getattr(args, name) for name in ("time_dist", "clip", "accum", "prediction")}
+    options["shift"] = config["shift"]
+    options["precision"] = precision
+    options["with_base"] = args.base_depth is not None
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -719,7 +709,7 @@ def main(argv=None):
             skipped.append(step)
             report_skipped(skipped, terms, progress, precision, last)
 
-        stopped = any_rank(len(signals) > 0, device)
+        stopped = any_rank(bool(signals), device)
         final = stopped or step == steps
         progress.update()
         if final or step % args.log_every == 0:

@@ -187,11 +187,11 @@ def sincos_position(width, grid):
     times omega_k = 10000^(-k / (width / 4)), computed in float64.
     """
     omega = 10000.0 ** (-torch.arange(width // 4).double() / (width / 4))
-    angle = torch.arange(grid)[:, None] * omega  # (grid, width / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width / 2)
-    column = axis.repeat(grid, 1)  # (N, width / 2)
-    row = axis.repeat_interleave(grid, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
+    index = torch.arange(grid)
+    position = torch.cartesian_prod(index, index).flip(1)  # (N, 2) column, row
+    angle = position[:, :, None] * omega  # (N, 2, width / 4)
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=2)  # (N, 2, width / 2)
+    return embedding.flatten(1).float()[None]
 
 
 def dense(*sizes):
@@ -300,7 +300,10 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
 
     decoder = Decoder(**sizes)
     # Released files may leave these two out.
-    fixed = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
+    fixed = {
+        "decoder_pos_embed": decoder.decoder_pos_embed,
+        "trainable_cls_token": decoder.trainable_cls_token,
+    }
     try:
         decoder.load_state_dict(fixed | state)
     except RuntimeError as error:
@@ -365,7 +368,7 @@ def perceptual_loss(weights):
         # lpips would read them through torchvision, which would run code that is in the file.
         file = fetch_vgg() if weights == "hub" else weights
         state = read_weights(file, "--lpips-weights")
-        names = {key: ".".join(["features", *key.split(".")[1:]]) for key in network.net.state_dict()}
+        names = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
         if not set(names.values()) <= state.keys():
             raise SystemExit(f"--lpips-weights {file}: not torchvision's VGG-16")
         network.net.load_state_dict({key: state[name] for key, name in names.items()})
@@ -375,18 +378,17 @@ def perceptual_loss(weights):
 
 def fetch_vgg():
     """The path of torchvision's VGG-16 in torch's cache, fetched where it is missing, its hash checked."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(VGG))
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(VGG).name)
     prefix = VGG[-12:-4]
     hint = "--lpips-weights FILE takes a local copy, --lpips-weight 0 goes without"
-    if not os.path.isfile(path):
+    if not path.is_file():
         print(f"fetching {VGG}", file=sys.stderr)
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VGG, path, hash_prefix=prefix)
         except (OSError, RuntimeError) as error:  # no network, no room; another hash
             raise SystemExit(f"LPIPS needs {VGG} as {path} ({reason(error)}); {hint}") from None
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(prefix):
         raise SystemExit(f"{path}: damaged, its SHA-256 does not begin with {prefix}; remove it")
     return path
@@ -545,7 +547,6 @@ def decoder_step(
     sigma = noise_tau * draw(len(z), 1, 1, 1, device=z.device).abs()
     z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
-    weights = list(model.parameters())
     last_weight = getattr(model, "module", model).decoder_pred.weight
     terms = {}
     optimizer.zero_grad()
@@ -562,7 +563,7 @@ def decoder_step(
                 parts["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
                 parts["lambda"] = adaptive_weight(loss, parts["gan"], last_weight)
                 loss = loss + gan_weight * parts["lambda"] * parts["gan"]
-        (loss / accum).backward(inputs=weights)  # not into the discriminator
+        (loss / accum).backward(inputs=list(model.parameters()))  # not into the discriminator
         parts["loss"] = loss
         # Means over the micro-batches, for the log
         for name, value in parts.items():
@@ -614,13 +615,12 @@ def update(optimizer, terms):
 
 @torch.no_grad()
 @exact_fp32()
-def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32):
+def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32, rank=0, world=1):
     """Means over the images of `data` of PSNR in dB on 8-bit pixels and, where it is trained with, LPIPS.
 
     In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
     """
     device = encoder.mean.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     psnr = []
     distances = []
     order = even_order(len(data), len(data), batch_size, rank, world)
@@ -957,18 +957,6 @@ def open_held_out(args, data, device):
     return held_out, shown
 
 
-def step_options(args, precision):
-    """The keyword arguments of decoder_step."""
-    return {
-        "noise_tau": args.noise_tau,
-        "noise_law": args.noise_law,
-        "lpips_weight": args.lpips_weight,
-        "gan_weight": args.gan_weight,
-        "accum": args.accum,
-        "precision": precision,
-    }
-
-
 def milestones(args, steps_per_epoch, steps):
     """The steps at which the warm-up ends, and from which discriminator and GAN loss take part."""
     warmup = steps // 20 if args.warmup_epochs is None else round(args.warmup_epochs * steps_per_epoch)
@@ -1004,7 +992,8 @@ def main(argv=None):
 
     # Train: everything that happens at a step, in the order in which it happens
     warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
-    options = step_options(args, precision)
+    flags = ("noise_tau", "noise_law", "lpips_weight", "gan_weight", "accum")
+    options = {name: getattr(args, name) for name in flags} | {"precision": precision}
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -1022,10 +1011,9 @@ def main(argv=None):
             update_ema(state["ema"], decoder, args.ema)
         if finite and disc and step >= disc_start:
             disc_lr = learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
-            optimizer = state["disc_optimizer"]
-            set_learning_rate(optimizer, disc_lr)
+            set_learning_rate(state["disc_optimizer"], disc_lr)
             terms["disc"], finite = disc_step(
-                disc_model, optimizer, images, z, decoder, args.accum, precision
+                disc_model, state["disc_optimizer"], images, z, decoder, args.accum, precision
             )
         step += 1
 
@@ -1034,13 +1022,13 @@ def main(argv=None):
         if not finite:
             skipped.append(step)
             report_skipped(skipped, terms, progress, precision, last)
-        stopped = any_rank(len(signals) > 0, device)
+        stopped = any_rank(bool(signals), device)
         final = stopped or step == steps
         progress.update()
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
         if args.eval_data and (step == steps or step % args.eval_every == 0):
-            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers)
+            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers, rank=rank, world=world)
             report_scores(log, progress, step, scores)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
             save_preview(args.out, step, log, state["ema"], encoder, shown)

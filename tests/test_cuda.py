@@ -148,7 +148,7 @@ def test_fused_adamw_goes_on_from_a_file(tmp_path):
     flow_train.save(last, None, state, step=2, format=flow_train.FORMAT, config={})
     network = small_dit().to(GPU)
     again = {"model": network, "optimizer": flow_train.adamw(network, 1e-3)}
-    flow_train.resume(last, flow_train.FORMAT, {}, again, 10)
+    flow_train.resume(None, last, GPU, {}, again, 10)
     for values in again["optimizer"].state.values():
         assert all(value.device == GPU for value in values.values())
     assert again["optimizer"].param_groups[0]["fused"]
