@@ -532,13 +532,14 @@ def resume(path, last, device, config, state, steps):
     return checkpoint
 
 
-def save(last, keep_every, state, **rest):
-    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+def save(last, args, state, step, **rest):
+    """Writes last.pt; every --keep-every steps a numbered copy is linked to it, which costs no second write."""
     # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
-    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    states = {name: owner.state_dict() for name, owner in state.items()}
+    checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
     write_file(last, lambda file: torch.save(checkpoint, file))
-    if keep_every and rest["step"] % keep_every == 0:
-        numbered = Path(last).with_name(f"{rest['step']:07d}.pt")
+    if args.keep_every and step % args.keep_every == 0:
+        numbered = Path(last).with_name(f"{step:07d}.pt")
         numbered.unlink(missing_ok=True)
         try:
             numbered.hardlink_to(last)
@@ -546,7 +547,7 @@ def save(last, keep_every, state, **rest):
             shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, world, device, precision, step, steps):
+def announce(log, args, data, models, network, run):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
@@ -554,7 +555,6 @@ def announce(log, args, data, models, network, world, device, precision, step, s
     # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
-    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
@@ -682,7 +682,8 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']}, shift {config['shift']:.2f}; {args.model}"
-    announce(log, args, data, models, network, world, device, f"{precision} ({why})", step, steps)
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, network, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
@@ -717,8 +718,7 @@ def main(argv=None):
         # sample.py reads the checkpoint, so a preview comes after it.
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
         if rank == 0 and (final or preview or step % args.save_every == 0):
-            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
-            save(last, args.keep_every, state, step=step, mean=mean.cpu(), var=var.cpu(), **about)
+            save(last, args, state, step, config=config, precision=precision, mean=mean.cpu(), var=var.cpu())
         if rank == 0 and preview:
             save_preview(args.out, step, log, last, args.decoder, len(data.classes), device)
         if stopped:

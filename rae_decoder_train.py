@@ -615,7 +615,7 @@ def update(optimizer, terms):
 
 @torch.no_grad()
 @exact_fp32()
-def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32, rank=0, world=1):
+def evaluate(decoder, encoder, perceptual, data, workers, rank=0, world=1, batch_size=32):
     """Means over the images of `data` of PSNR in dB on 8-bit pixels and, where it is trained with, LPIPS.
 
     In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
@@ -841,13 +841,14 @@ def resume(path, last, device, config, state, steps):
     return checkpoint
 
 
-def save(last, keep_every, state, **rest):
-    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+def save(last, args, state, step, **rest):
+    """Writes last.pt; every --keep-every steps a numbered copy is linked to it, which costs no second write."""
     # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
-    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    states = {name: owner.state_dict() for name, owner in state.items()}
+    checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
     write_file(last, lambda file: torch.save(checkpoint, file))
-    if keep_every and rest["step"] % keep_every == 0:
-        numbered = Path(last).with_name(f"{rest['step']:07d}.pt")
+    if args.keep_every and step % args.keep_every == 0:
+        numbered = Path(last).with_name(f"{step:07d}.pt")
         numbered.unlink(missing_ok=True)
         try:
             numbered.hardlink_to(last)
@@ -855,7 +856,7 @@ def save(last, keep_every, state, **rest):
             shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, world, device, precision, step, steps):
+def announce(log, args, data, models, network, run):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
@@ -863,7 +864,6 @@ def announce(log, args, data, models, network, world, device, precision, step, s
     # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
-    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
@@ -987,7 +987,8 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}"
-    announce(log, args, data, models, decoder, world, device, f"{precision} ({why})", step, steps)
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, decoder, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
@@ -1028,13 +1029,12 @@ def main(argv=None):
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
         if args.eval_data and (step == steps or step % args.eval_every == 0):
-            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers, rank=rank, world=world)
+            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers, rank, world)
             report_scores(log, progress, step, scores)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
             save_preview(args.out, step, log, state["ema"], encoder, shown)
         if rank == 0 and (final or step % args.save_every == 0):
-            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
-            save(last, args.keep_every, state, step=step, **about)
+            save(last, args, state, step, config=config, precision=precision)
         if stopped:
             break
     leave(log, progress, data, device, last, step, steps, "torchrun flow_train.py --decoder")

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def test_fused_adamw_goes_on_from_a_file(tmp_path):
 
     step(state, 0)
     step(state, 1)
-    flow_train.save(last, None, state, step=2, format=flow_train.FORMAT, config={})
+    flow_train.save(last, types.SimpleNamespace(keep_every=None), state, 2, config={})
     network = small_dit().to(GPU)
     again = {"model": network, "optimizer": flow_train.adamw(network, 1e-3)}
     flow_train.resume(None, last, GPU, {}, again, 10)
