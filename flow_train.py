@@ -468,7 +468,8 @@ def open_log(folder):
         file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         # Two runs in one folder would overwrite each other. Windows has no fcntl.
         if importlib.util.find_spec("fcntl"):
-            fcntl = importlib.import_module("fcntl")
+            import fcntl
+
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
         else:
             print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
@@ -482,7 +483,9 @@ def open_log(folder):
         left.unlink()
     if not importlib.util.find_spec("tensorboard"):
         return file, None
-    return file, importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return file, SummaryWriter(folder)
 
 
 def write_log(log, step, record):
@@ -533,7 +536,7 @@ def resume(path, last, device, config, state, steps):
 
 
 def save(last, args, state, step, **rest):
-    """Writes last.pt; every --keep-every steps a numbered copy is linked to it, which costs no second write."""
+    """Writes last.pt; every --keep-every steps a numbered copy is linked to it: no second write."""
     # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
     states = {name: owner.state_dict() for name, owner in state.items()}
     checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
@@ -638,8 +641,7 @@ def check_decoder(path, config):
 
 def save_preview(folder, step, log, last, decoder, num_classes, device):
     """Samples of the EMA, by the sampler that users run: the grid preview-STEP.png, a column a class."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # sample.py works on the same GPU
+    torch.cuda.empty_cache()  # sample.py works on the same GPU; does nothing without one
     # A process of its own, with the flags that a user would give.
     samples = f"{folder}/preview-{step:07d}"
     sampler = Path(__file__).with_name("sample.py")
