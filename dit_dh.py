@@ -482,9 +482,9 @@ def load(path, flag="--flow"):
     with torch.device("meta"):
         if file.get("format") == "rae-flow/1":
             config = file["config"]
-            output = {key: config[key] for key in ("prediction", "base_depth") if key in config}
-            shape = config["latent_shape"]
-            model = build(config["model"], shape, config["num_classes"], **output, **config["sizes"])
+            names = ("latent_shape", "num_classes", "prediction", "base_depth")
+            options = {name: config[name] for name in names if name in config}
+            model = build(config["model"], **options, **config["sizes"])
         else:
             try:
                 model = from_shapes(state)
