@@ -287,7 +287,7 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
     if file.get("format") == FORMAT and file.keys() >= {"config", "ema", "args"}:
         state = file["ema"]
         sizes = file["config"]["decoder"]
-        config = file["args"] | file["config"]
+        config = rae_encoder.complete(file["args"] | file["config"])
     else:
         state = released_state(file)
         config = file["config"] if "sizes" in file else {}  # of diffusers' format
