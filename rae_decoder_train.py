@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint as recompute
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import rae_encoder
@@ -650,12 +651,10 @@ def report_scores(log, progress, step, scores):
 def save_preview(folder, step, log, decoder, encoder, images):
     """preview-STEP.png with the originals (B,3,S,S) over their reconstructions."""
     # Of the EMA, in fp32: what a user of the checkpoint will see
-    rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
-    pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
-    picture = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy())
+    rows = torch.cat([images, decoder(encoder(images))])  # (2B, 3, S, S)
     path = f"{folder}/preview-{step:07d}.png"
     try:
-        write_file(path, lambda file: picture.save(file, format="PNG"))
+        write_file(path, lambda file: save_image(to_8_bit(rows), file, "PNG", nrow=len(images), padding=0))
         log_picture(log, step, path)
     except SystemExit as error:
         tqdm.write(f"no preview: {error}; training goes on", file=sys.stderr)
