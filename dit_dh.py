@@ -39,11 +39,11 @@ def sincos_position(width, grid):
     times omega_k = 10000^(-k / (width / 4)), computed in float64.
     """
     omega = 10000.0 ** (-torch.arange(width // 4).double() / (width / 4))
-    angle = torch.outer(torch.arange(grid).double(), omega)  # (grid, width / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width / 2)
-    column = axis.repeat(grid, 1)  # (N, width / 2)
-    row = axis.repeat_interleave(grid, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
+    index = torch.arange(grid)
+    position = torch.cartesian_prod(index, index).flip(1)  # (N, 2) column, row
+    angle = position[:, :, None] * omega  # (N, 2, width / 4)
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=2)  # (N, 2, width / 2)
+    return embedding.flatten(1).float()[None]
 
 
 class RotaryEmbedding(nn.Module):
@@ -57,9 +57,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         frequency = 10000.0 ** (-2 * torch.arange(head_size // 4) / (head_size / 2))
         index = torch.arange(grid)
-        row = index.repeat_interleave(grid)  # (N,)
-        column = index.repeat(grid)
-        position = torch.stack([row, column], dim=1)  # (N, 2)
+        position = torch.cartesian_prod(index, index)  # (N, 2) row, column
         angle = position[:, :, None] * frequency  # (N, 2, s / 4)
         angle = angle.flatten(1).repeat_interleave(2, dim=1)  # (N, s)
         self.register_buffer("freqs_cos", angle.cos())
@@ -219,11 +217,9 @@ def run_blocks(blocks, x, c, rope, recompute):
 def init_weights(model):
     """The released start: adaLN and output zero, so blocks are identities and the first output is 0."""
     for name, parameter in model.named_parameters():
-        if name.endswith("embedder.proj.weight"):
+        if "embedder.proj.weight" in name:
             nn.init.xavier_uniform_(parameter)
-        if name.endswith("embedder.proj.bias"):
-            nn.init.zeros_(parameter)
-        if "adaLN_modulation" in name or "layer.linear" in name:
+        if "embedder.proj.bias" in name or "adaLN_modulation" in name or "layer.linear" in name:
             nn.init.zeros_(parameter)
 
     labels = model.y_embedder.embedding_table
@@ -394,8 +390,8 @@ def build(name, latent_shape, num_classes, prediction="v", base_depth=None, **si
     # Rotary positions turn pairs of channels, half of them by the row and half by the column.
     for width, heads in (("width", "heads"), ("head_width", "head_heads")):
         if width in chosen and chosen[width] % (4 * chosen[heads]):
-            factor = 4 * chosen[heads]
-            raise SystemExit(f"{width} {chosen[width]}: must be a multiple of 4 * {heads}, here {factor}")
+            problem = f"must be a multiple of 4 * {heads}, here {4 * chosen[heads]}"
+            raise SystemExit(f"{width} {chosen[width]}: {problem}")
     if base_depth is not None and not 1 <= base_depth <= chosen["depth"]:
         raise SystemExit(f"--base-depth {base_depth}: the body has blocks 1 to {chosen['depth']}")
     if prediction not in ("v", "x"):
@@ -421,8 +417,7 @@ def from_shapes(state):
     }
 
     if "s_embedder.proj.weight" not in state:
-        heads = width // state["feat_rope.freqs_cos"].shape[1]
-        return DiT(**shared, depth=len(norms), heads=heads)
+        return DiT(**shared, depth=len(norms), heads=width // state["feat_rope.freqs_cos"].shape[1])
 
     # Where body and head have one width, shapes don't tell them apart; released heads have two blocks.
     head_depth = 2 if head_width == width else norms.count(head_width)
@@ -487,12 +482,9 @@ def load(path, flag="--flow"):
     with torch.device("meta"):
         if file.get("format") == "rae-flow/1":
             config = file["config"]
-            sizes = dict(config["sizes"])
-            sizes.pop("patch", None)  # in older checkpoints, always 1
-            prediction = config.get("prediction", "v")
-            base_depth = config.get("base_depth")
-            shape = config["latent_shape"]
-            model = build(config["model"], shape, config["num_classes"], prediction, base_depth, **sizes)
+            names = ("latent_shape", "num_classes", "prediction", "base_depth")
+            options = {name: config[name] for name in names if name in config}
+            model = build(config["model"], **options, **config["sizes"])
         else:
             try:
                 model = from_shapes(state)
@@ -505,9 +497,9 @@ def load(path, flag="--flow"):
             raise SystemExit(f"{foreign} (it has no {key})")
         if key not in expected:
             raise SystemExit(f"{foreign} ({key} is unknown)")
-        given = list(state[key].shape)
-        wanted = list(expected[key].shape)
+        given = state[key].shape
+        wanted = expected[key].shape
         if given != wanted:
-            raise SystemExit(f"{foreign} ({key} has the shape {given}, not {wanted})")
+            raise SystemExit(f"{foreign} ({key} has the shape {[*given]}, not {[*wanted]})")
     model.to_empty(device="cpu").load_state_dict(state)
     return model.eval()

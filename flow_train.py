@@ -12,7 +12,6 @@ Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is d
 
 import argparse
 import copy
-import glob
 import importlib.util
 import json
 import math
@@ -23,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -228,10 +228,10 @@ def milestones(args, steps_per_epoch, steps):
 
 def available_memory():
     """Bytes that this machine can give without swapping; infinite where it does not tell."""
-    if not os.path.exists("/proc/meminfo"):
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return math.inf
-    with open("/proc/meminfo") as file:
-        kilobytes = re.search(r"MemAvailable:\s+(\d+)", file.read())
+    kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
     return 1024 * int(kilobytes[1])
 
 
@@ -298,15 +298,15 @@ def load_latents(source, encoder, mean, var, order, workers):
 
 def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     """Mean and variance (C,G,G) that normalise the latents: of the run before, of --stats, or of the data."""
+    kept = [start[key] for key in ("mean", "var") if key in start]
     # A file that is named is looked at, even where the run before has its own.
     if args.stats:
         moments = load_statistics(args.stats, latent_shape)
-        kept = [start[key] for key in ("mean", "var") if key in start]
-        if kept and not torch.equal(torch.stack(kept), torch.stack(moments)):
+        if kept and not all(map(torch.equal, kept, moments)):
             raise SystemExit(f"--stats {args.stats}: not those of the run that goes on; leave it out")
         return moments
-    if "mean" in start:
-        return start["mean"], start["var"]
+    if kept:
+        return kept
 
     num = max(world, min(args.stats_images, len(source)))
     order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
@@ -430,7 +430,7 @@ def report_skipped(steps, terms, progress, precision, last):
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
     # One bad step is chance, ten are a run that has diverged: nothing good would come after them.
-    if steps[-10:] == list(range(step - 9, step + 1)):
+    if len(steps) >= 10 and steps[-10] == step - 9:
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
         saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
         raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
@@ -452,8 +452,8 @@ def report(log, progress, step, recent, images, since, **values):
     recent.clear()
     if log:
         write_log(log, step, record | values)
-    loss = f"{record['loss']:.4f}" if "loss" in record else "none"  # where every step was skipped
-    progress.set_postfix(loss=loss, images_per_s=record["images_per_s"])
+    # None where every step was skipped
+    progress.set_postfix(loss=record.get("loss"), images_per_s=record["images_per_s"])
     return now
 
 
@@ -461,27 +461,27 @@ def open_log(folder):
     """metrics.jsonl, locked while this process lives, and TensorBoard's writer where that is installed."""
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
+        file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        # Two runs in one folder would overwrite each other. Windows has no fcntl.
+        if importlib.util.find_spec("fcntl"):
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+        else:
+            print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
+    except BlockingIOError:
+        raise SystemExit(f"--out {folder}: another run is in it; stop it or name another folder") from None
     except OSError as error:
         raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
 
-    # Two runs in one folder would overwrite each other. Windows has no fcntl.
-    if importlib.util.find_spec("fcntl"):
-        fcntl = importlib.import_module("fcntl")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
-        except OSError as error:
-            problem = f"another run is in it ({reason(error)})"
-            raise SystemExit(f"--out {folder}: {problem}; stop that run or name another folder") from None
-    else:
-        print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
-
     # What a run that was killed was writing; the folder may hold other files of a user.
-    for left in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
-        os.remove(left)
+    for left in Path(folder).glob("*.[0-9]*.tmp"):
+        left.unlink()
     if not importlib.util.find_spec("tensorboard"):
         return file, None
-    return file, importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return file, SummaryWriter(folder)
 
 
 def write_log(log, step, record):
@@ -499,33 +499,29 @@ def write_log(log, step, record):
 def log_picture(log, step, path):
     """The PNG of a preview in TensorBoard, where that is installed."""
     board = log[1]
-    if board and os.path.exists(path):
+    if board:
         board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
 
 
-def find_checkpoint(path, last, device):
-    """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
-    if path:
-        return path
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return last if any_rank(first and os.path.exists(last), device) else None
+def resume(path, last, device, config, state, steps):
+    """Loads --resume, or the run folder's last.pt if there is one, into `state`; returns its other values.
 
-
-def resume(source, form, config, state, steps):
-    """Loads the checkpoint `source` into `state` and returns the rest. SystemExit for one of another run."""
-    if source is None:
+    Raises SystemExit for a checkpoint of another run.
+    """
+    # All ranks must decide alike: disks may show a file late.
+    if not path and not any_rank(os.path.exists(last), device):
         return {"step": 0}
+    source = path or last
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
-    # Older versions have a patch size, always 1, and the precision among their flags.
-    checkpoint["config"].get("sizes", {}).pop("patch", None)
-    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
+    if checkpoint.get("format") != FORMAT or not checkpoint.keys() >= {"config", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {FORMAT} checkpoint")
     # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
-    key = difference(config, checkpoint["config"])
+    theirs = checkpoint["config"]
+    key = difference(config, theirs)
     if key:
-        theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
-        raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
+        # A list of classes is long.
+        problem = f"{source} has {key} {theirs.get(key)!s:.80}, this run {config[key]!s:.80}"
+        raise SystemExit(f"{problem}: same flags, or another --out")
     # Nothing to do, and no error of training either.
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
@@ -535,22 +531,22 @@ def resume(source, form, config, state, steps):
     return checkpoint
 
 
-def save(last, keep_every, state, **rest):
-    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+def save(last, args, state, step, **rest):
+    """Writes last.pt; every --keep-every steps a numbered copy is linked to it: no second write."""
     # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
-    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    states = {name: owner.state_dict() for name, owner in state.items()}
+    checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
     write_file(last, lambda file: torch.save(checkpoint, file))
-    if keep_every and rest["step"] % keep_every == 0:
-        numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
-        if os.path.exists(numbered):
-            os.remove(numbered)
+    if args.keep_every and step % args.keep_every == 0:
+        numbered = Path(last).with_name(f"{step:07d}.pt")
+        numbered.unlink(missing_ok=True)
         try:
-            os.link(last, numbered)
+            numbered.hardlink_to(last)
         except OSError:  # a disk without hard links
             shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, device, precision, step, steps):
+def announce(log, args, data, models, network, run):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
@@ -558,26 +554,20 @@ def announce(log, args, data, models, network, device, precision, step, steps):
     # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
-def leave(progress, data, device, last, step, steps, following):
+def leave(log, progress, data, device, last, step, steps, following):
     """The last line of a run, which names the command that comes next, and the end of its process group."""
-    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     # Each rank knows of the images that it was to read.
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not silent:
-        line = [f"{last}: step {step} of {steps}"]
-        if broken:
-            line.append(f"{broken} broken images were replaced by others")
+    if log:
+        replaced = f"; {broken} broken images were replaced by others" if broken else ""
+        end = f"next: {following} {last}"
         if step < steps:
-            line.append("stopped, the same command goes on from here")
-        else:
-            line.append(f"next: {following} {last}")
-        print("; ".join(line), file=sys.stderr)
+            end = "stopped, the same command goes on from here"
+        print(f"{last}: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -588,17 +578,34 @@ def leave(progress, data, device, last, step, steps, following):
 # The run
 
 
-def build(args, num_classes, device):
-    """(encoder, network), as the flags say, on the device."""
+def build(args, classes, device):
+    """(encoder, network, config), as the flags say."""
     torch.manual_seed(args.seed)  # all ranks and runs start alike
     encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
+    latent_shape = [encoder.width, encoder.grid, encoder.grid]
     sizes = {name: getattr(args, name) for name in SIZES}
-    latent_shape = (encoder.width, encoder.grid, encoder.grid)
-    network = dit_dh.build(args.model, latent_shape, num_classes, args.prediction, args.base_depth, **sizes)
+    network = dit_dh.build(args.model, latent_shape, len(classes), args.prediction, args.base_depth, **sizes)
     network.checkpoint_activations = args.checkpoint_activations
     if args.init:
         initialise(network, args.init)
-    return encoder.to(device), network.to(device)
+
+    # What sample.py needs to know
+    config = {
+        "encoder": args.encoder,
+        "encoder_hash": encoder.hash,
+        "encoder_size": encoder.encoder_size,
+        "image_size": args.image_size,
+        "model": args.model,
+        "sizes": network.sizes,
+        "prediction": args.prediction,
+        "base_depth": args.base_depth,
+        "layers": args.layers,
+        "latent_shape": latent_shape,
+        "classes": classes,
+        "num_classes": len(classes),
+        "shift": args.shift or default_shift(latent_shape),
+    }
+    return encoder.to(device), network.to(device), config
 
 
 def initialise(network, path):
@@ -619,26 +626,6 @@ def initialise(network, path):
     network.load_state_dict(weights)
 
 
-def describe(args, encoder, network, classes):
-    """The checkpoint's config: what sample.py needs to know."""
-    latent_shape = [encoder.width, encoder.grid, encoder.grid]
-    return {
-        "encoder": args.encoder,
-        "encoder_hash": encoder.hash,
-        "encoder_size": encoder.encoder_size,
-        "image_size": args.image_size,
-        "model": args.model,
-        "sizes": network.sizes,
-        "prediction": args.prediction,
-        "base_depth": args.base_depth,
-        "layers": args.layers,
-        "latent_shape": latent_shape,
-        "classes": classes,
-        "num_classes": len(classes),
-        "shift": args.shift or default_shift(latent_shape),
-    }
-
-
 def check_decoder(path, config):
     """Raises SystemExit for a --decoder that can't decode this run's latents."""
     # Found now and not at the first preview.
@@ -650,29 +637,16 @@ def check_decoder(path, config):
 
 def save_preview(folder, step, log, last, decoder, num_classes, device):
     """Samples of the EMA, by the sampler that users run: the grid preview-STEP.png, a column a class."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # sample.py works on the same GPU
+    torch.cuda.empty_cache()  # sample.py works on the same GPU; does nothing without one
     # A process of its own, with the flags that a user would give.
-    samples = os.path.join(folder, f"preview-{step:07d}")
-    sampler = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
+    samples = f"{folder}/preview-{step:07d}"
+    sampler = Path(__file__).with_name("sample.py")
     command = [sys.executable, sampler, "--flow", last, "--decoder", decoder, "--out", samples]
     command += ["--num", str(4 * min(num_classes, 10)), "--device", device.type, "--no-compile"]
     if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
         tqdm.write(f"{samples}: no preview, see above; training goes on", file=sys.stderr)
-    log_picture(log, step, f"{samples}.png")
-
-
-def step_options(args, shift, precision):
-    """The keyword arguments of train_step."""
-    return {
-        "time_dist": args.time_dist,
-        "shift": shift,
-        "clip": args.clip,
-        "accum": args.accum,
-        "precision": precision,
-        "prediction": args.prediction,
-        "with_base": args.base_depth is not None,
-    }
+    else:
+        log_picture(log, step, f"{samples}.png")
 
 
 def main(argv=None):
@@ -685,8 +659,7 @@ def main(argv=None):
     steps_per_epoch, steps = plan_steps(len(data), args, world)
     hold, decay = milestones(args, steps_per_epoch, steps)
     log = open_log(args.out) if rank == 0 else None
-    encoder, network = build(args, len(data.classes), device)
-    config = describe(args, encoder, network, data.classes)
+    encoder, network, config = build(args, data.classes, device)
     if args.decoder:
         check_decoder(args.decoder, config)
     ema = copy.deepcopy(network).requires_grad_(False)
@@ -694,8 +667,8 @@ def main(argv=None):
     state = {"model": network, "ema": ema, "optimizer": optimizer}
 
     # Where a run before this one stopped; the latents' statistics come from there, a file or the data
-    last = os.path.join(args.out, "last.pt")
-    start = resume(find_checkpoint(args.resume, last, device), FORMAT, config, state, steps)
+    last = f"{args.out}/last.pt"
+    start = resume(args.resume, last, device, config, state, steps)
     step = start["step"]
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
     source = data
@@ -707,11 +680,15 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']}, shift {config['shift']:.2f}; {args.model}"
-    announce(log, args, data, models, network, device, f"{precision} ({why})", step, steps)
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, network, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    options = step_options(args, config["shift"], precision)
+    options = {name: getattr(args, name) for name in ("time_dist", "clip", "accum", "prediction")}
+    options["shift"] = config["shift"]
+    options["precision"] = precision
+    options["with_base"] = args.base_depth is not None
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -731,7 +708,7 @@ def main(argv=None):
             skipped.append(step)
             report_skipped(skipped, terms, progress, precision, last)
 
-        stopped = any_rank(len(signals) > 0, device)
+        stopped = any_rank(bool(signals), device)
         final = stopped or step == steps
         progress.update()
         if final or step % args.log_every == 0:
@@ -739,13 +716,12 @@ def main(argv=None):
         # sample.py reads the checkpoint, so a preview comes after it.
         preview = args.decoder and args.preview_every and step % args.preview_every == 0
         if rank == 0 and (final or preview or step % args.save_every == 0):
-            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
-            save(last, args.keep_every, state, step=step, mean=mean.cpu(), var=var.cpu(), **about)
+            save(last, args, state, step, config=config, precision=precision, mean=mean.cpu(), var=var.cpu())
         if rank == 0 and preview:
             save_preview(args.out, step, log, last, args.decoder, len(data.classes), device)
         if stopped:
             break
-    leave(progress, data, device, last, step, steps, "python sample.py --flow")
+    leave(log, progress, data, device, last, step, steps, "python sample.py --flow")
 
 
 if __name__ == "__main__":

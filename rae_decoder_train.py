@@ -12,7 +12,6 @@ Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder w
 
 import argparse
 import copy
-import glob
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import lpips
 import numpy as np
@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint as recompute
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import rae_encoder
@@ -66,9 +67,11 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
-# Parts of names in other files: in ours. Of diffusers' decoder, and of the authors' discriminator, whose
-# residual layer is a module around `fn` and whose spectral norm is PyTorch's older one.
-DIFFUSERS = {
+# Parts of names in other files: in ours. Of torch.compile, DDP and diffusers' decoder; and of the authors'
+# discriminator, whose residual layer is a module around `fn` and whose spectral norm is PyTorch's older one.
+RELEASED = {
+    "_orig_mod.": "",
+    "module.": "",
     "attention.to_q.": "attention.attention.query.",
     "attention.to_k.": "attention.attention.key.",
     "attention.to_v.": "attention.attention.value.",
@@ -185,11 +188,11 @@ def sincos_position(width, grid):
     times omega_k = 10000^(-k / (width / 4)), computed in float64.
     """
     omega = 10000.0 ** (-torch.arange(width // 4).double() / (width / 4))
-    angle = torch.outer(torch.arange(grid).double(), omega)  # (grid, width / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width / 2)
-    column = axis.repeat(grid, 1)  # (N, width / 2)
-    row = axis.repeat_interleave(grid, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
+    index = torch.arange(grid)
+    position = torch.cartesian_prod(index, index).flip(1)  # (N, 2) column, row
+    angle = position[:, :, None] * omega  # (N, 2, width / 4)
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=2)  # (N, 2, width / 2)
+    return embedding.flatten(1).float()[None]
 
 
 def dense(*sizes):
@@ -285,8 +288,7 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
     if file.get("format") == FORMAT and file.keys() >= {"config", "ema", "args"}:
         state = file["ema"]
         sizes = file["config"]["decoder"]
-        flags = {key: file["args"].get(key) for key in ("encoder_weights", "preset")}
-        config = rae_encoder.complete(flags | file["config"])
+        config = rae_encoder.complete(file["args"] | file["config"])
     else:
         state = released_state(file)
         config = file["config"] if "sizes" in file else {}  # of diffusers' format
@@ -299,7 +301,10 @@ def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False
 
     decoder = Decoder(**sizes)
     # Released files may leave these two out.
-    fixed = {key: getattr(decoder, key) for key in ("decoder_pos_embed", "trainable_cls_token")}
+    fixed = {
+        "decoder_pos_embed": decoder.decoder_pos_embed,
+        "trainable_cls_token": decoder.trainable_cls_token,
+    }
     try:
         decoder.load_state_dict(fixed | state)
     except RuntimeError as error:
@@ -312,10 +317,9 @@ def released_state(file):
     for level in ("ema", "model", "module", "state_dict"):
         if isinstance(file.get(level), dict):
             file = file[level]
-    # torch.compile puts its prefix outside or inside of DDP's.
-    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in file.items()}
+    state = rename(file, RELEASED)
     inner = {key.removeprefix("decoder."): state[key] for key in state if key.startswith("decoder.")}
-    return rename(inner or state, DIFFUSERS)
+    return inner or state
 
 
 def rename(state, names):
@@ -365,7 +369,7 @@ def perceptual_loss(weights):
         # lpips would read them through torchvision, which would run code that is in the file.
         file = fetch_vgg() if weights == "hub" else weights
         state = read_weights(file, "--lpips-weights")
-        names = {key: ".".join(["features", *key.split(".")[1:]]) for key in network.net.state_dict()}
+        names = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
         if not set(names.values()) <= state.keys():
             raise SystemExit(f"--lpips-weights {file}: not torchvision's VGG-16")
         network.net.load_state_dict({key: state[name] for key, name in names.items()})
@@ -375,18 +379,17 @@ def perceptual_loss(weights):
 
 def fetch_vgg():
     """The path of torchvision's VGG-16 in torch's cache, fetched where it is missing, its hash checked."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(VGG))
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(VGG).name)
     prefix = VGG[-12:-4]
     hint = "--lpips-weights FILE takes a local copy, --lpips-weight 0 goes without"
-    if not os.path.isfile(path):
+    if not path.is_file():
         print(f"fetching {VGG}", file=sys.stderr)
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VGG, path, hash_prefix=prefix)
         except (OSError, RuntimeError) as error:  # no network, no room; another hash
             raise SystemExit(f"LPIPS needs {VGG} as {path} ({reason(error)}); {hint}") from None
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(prefix):
         raise SystemExit(f"{path}: damaged, its SHA-256 does not begin with {prefix}; remove it")
     return path
@@ -545,7 +548,6 @@ def decoder_step(
     sigma = noise_tau * draw(len(z), 1, 1, 1, device=z.device).abs()
     z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     last_weight = getattr(model, "module", model).decoder_pred.weight
     terms = {}
     optimizer.zero_grad()
@@ -562,7 +564,7 @@ def decoder_step(
                 parts["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
                 parts["lambda"] = adaptive_weight(loss, parts["gan"], last_weight)
                 loss = loss + gan_weight * parts["lambda"] * parts["gan"]
-        (loss / accum).backward(inputs=weights)  # not into the discriminator
+        (loss / accum).backward(inputs=list(model.parameters()))  # not into the discriminator
         parts["loss"] = loss
         # Means over the micro-batches, for the log
         for name, value in parts.items():
@@ -576,7 +578,7 @@ def disc_step(model, optimizer, images, z, decoder, accum, precision):
     Returns (loss, finite), as decoder_step does.
     """
     u = torch.rand(len(z), 2, 5, device=z.device)  # real and fake have their own draws
-    terms = {"disc": 0}
+    total = 0
     optimizer.zero_grad()
     for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
         model.require_backward_grad_sync = k == accum - 1
@@ -590,9 +592,9 @@ def disc_step(model, optimizer, images, z, decoder, accum, precision):
             logits = model(diff_augment(both, u_k.transpose(0, 1).flatten(0, 1)))
             loss = hinge_loss(*logits.chunk(2))
         (loss / accum).backward()
-        terms["disc"] = terms["disc"] + loss.detach() / accum
+        total += loss.detach() / accum
     model.eval()
-    terms, finite = update(optimizer, terms)
+    terms, finite = update(optimizer, {"disc": total})
     return terms["disc"], finite
 
 
@@ -600,9 +602,9 @@ def update(optimizer, terms):
     """Steps where terms and gradients are finite on all ranks; returns (terms over the ranks, finite)."""
     values = mean_over_ranks(torch.stack(list(terms.values())))
     terms = dict(zip(terms, values, strict=True))
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = optimizer.param_groups[0]["params"]
     # Equal on all ranks, since DDP has averaged the gradients: they decide alike.
-    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights])
     finite = bool(torch.isfinite(values.sum() + norm))
     if finite:
         optimizer.step()
@@ -614,13 +616,12 @@ def update(optimizer, terms):
 
 @torch.no_grad()
 @exact_fp32()
-def evaluate(decoder, encoder, perceptual, data, workers, batch_size=32):
+def evaluate(decoder, encoder, perceptual, data, workers, rank=0, world=1, batch_size=32):
     """Means over the images of `data` of PSNR in dB on 8-bit pixels and, where it is trained with, LPIPS.
 
     In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
     """
     device = encoder.mean.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     psnr = []
     distances = []
     order = even_order(len(data), len(data), batch_size, rank, world)
@@ -650,15 +651,13 @@ def report_scores(log, progress, step, scores):
 def save_preview(folder, step, log, decoder, encoder, images):
     """preview-STEP.png with the originals (B,3,S,S) over their reconstructions."""
     # Of the EMA, in fp32: what a user of the checkpoint will see
-    rows = torch.stack([images, decoder(encoder(images))])  # (2, B, 3, S, S)
-    pixels = (to_8_bit(rows) * 255).byte().permute(0, 3, 1, 4, 2)  # (2, S, B, S, 3)
-    picture = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).cpu().numpy())
-    path = os.path.join(folder, f"preview-{step:07d}.png")
+    rows = torch.cat([images, decoder(encoder(images))])  # (2B, 3, S, S)
+    path = f"{folder}/preview-{step:07d}.png"
     try:
-        write_file(path, lambda file: picture.save(file, format="PNG"))
+        write_file(path, lambda file: save_image(to_8_bit(rows), file, "PNG", nrow=len(images), padding=0))
+        log_picture(log, step, path)
     except SystemExit as error:
         tqdm.write(f"no preview: {error}; training goes on", file=sys.stderr)
-    log_picture(log, step, path)
 
 
 # ---- What any training needs: the same words in rae_decoder_train.py and flow_train.py ----
@@ -739,7 +738,7 @@ def report_skipped(steps, terms, progress, precision, last):
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
     # One bad step is chance, ten are a run that has diverged: nothing good would come after them.
-    if steps[-10:] == list(range(step - 9, step + 1)):
+    if len(steps) >= 10 and steps[-10] == step - 9:
         remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
         saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
         raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
@@ -761,8 +760,8 @@ def report(log, progress, step, recent, images, since, **values):
     recent.clear()
     if log:
         write_log(log, step, record | values)
-    loss = f"{record['loss']:.4f}" if "loss" in record else "none"  # where every step was skipped
-    progress.set_postfix(loss=loss, images_per_s=record["images_per_s"])
+    # None where every step was skipped
+    progress.set_postfix(loss=record.get("loss"), images_per_s=record["images_per_s"])
     return now
 
 
@@ -770,27 +769,27 @@ def open_log(folder):
     """metrics.jsonl, locked while this process lives, and TensorBoard's writer where that is installed."""
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
+        file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        # Two runs in one folder would overwrite each other. Windows has no fcntl.
+        if importlib.util.find_spec("fcntl"):
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+        else:
+            print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
+    except BlockingIOError:
+        raise SystemExit(f"--out {folder}: another run is in it; stop it or name another folder") from None
     except OSError as error:
         raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
 
-    # Two runs in one folder would overwrite each other. Windows has no fcntl.
-    if importlib.util.find_spec("fcntl"):
-        fcntl = importlib.import_module("fcntl")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
-        except OSError as error:
-            problem = f"another run is in it ({reason(error)})"
-            raise SystemExit(f"--out {folder}: {problem}; stop that run or name another folder") from None
-    else:
-        print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
-
     # What a run that was killed was writing; the folder may hold other files of a user.
-    for left in glob.glob(os.path.join(glob.escape(folder), "*.[0-9]*.tmp")):
-        os.remove(left)
+    for left in Path(folder).glob("*.[0-9]*.tmp"):
+        left.unlink()
     if not importlib.util.find_spec("tensorboard"):
         return file, None
-    return file, importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return file, SummaryWriter(folder)
 
 
 def write_log(log, step, record):
@@ -808,33 +807,29 @@ def write_log(log, step, record):
 def log_picture(log, step, path):
     """The PNG of a preview in TensorBoard, where that is installed."""
     board = log[1]
-    if board and os.path.exists(path):
+    if board:
         board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
 
 
-def find_checkpoint(path, last, device):
-    """--resume, or the run folder's last.pt if it is there: rank 0 looks for all, disks may show it late."""
-    if path:
-        return path
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return last if any_rank(first and os.path.exists(last), device) else None
+def resume(path, last, device, config, state, steps):
+    """Loads --resume, or the run folder's last.pt if there is one, into `state`; returns its other values.
 
-
-def resume(source, form, config, state, steps):
-    """Loads the checkpoint `source` into `state` and returns the rest. SystemExit for one of another run."""
-    if source is None:
+    Raises SystemExit for a checkpoint of another run.
+    """
+    # All ranks must decide alike: disks may show a file late.
+    if not path and not any_rank(os.path.exists(last), device):
         return {"step": 0}
+    source = path or last
     checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != form or not checkpoint.keys() >= {"config", "step", "model", "optimizer"}:
-        raise SystemExit(f"--resume {source}: not a whole {form} checkpoint")
-    # Older versions have a patch size, always 1, and the precision among their flags.
-    checkpoint["config"].get("sizes", {}).pop("patch", None)
-    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
+    if checkpoint.get("format") != FORMAT or not checkpoint.keys() >= {"config", "model", "optimizer"}:
+        raise SystemExit(f"--resume {source}: not a whole {FORMAT} checkpoint")
     # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
-    key = difference(config, checkpoint["config"])
+    theirs = checkpoint["config"]
+    key = difference(config, theirs)
     if key:
-        theirs, ours = (str(values.get(key))[:80] for values in (checkpoint["config"], config))
-        raise SystemExit(f"{source} has {key} {theirs}, this run {ours}: same flags, or another --out")
+        # A list of classes is long.
+        problem = f"{source} has {key} {theirs.get(key)!s:.80}, this run {config[key]!s:.80}"
+        raise SystemExit(f"{problem}: same flags, or another --out")
     # Nothing to do, and no error of training either.
     if checkpoint["step"] > steps:
         problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
@@ -844,22 +839,22 @@ def resume(source, form, config, state, steps):
     return checkpoint
 
 
-def save(last, keep_every, state, **rest):
-    """Writes last.pt; every keep_every steps a numbered copy is linked to it, which costs no second write."""
+def save(last, args, state, step, **rest):
+    """Writes last.pt; every --keep-every steps a numbered copy is linked to it: no second write."""
     # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
-    checkpoint = {name: owner.state_dict() for name, owner in state.items()} | rest
+    states = {name: owner.state_dict() for name, owner in state.items()}
+    checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
     write_file(last, lambda file: torch.save(checkpoint, file))
-    if keep_every and rest["step"] % keep_every == 0:
-        numbered = os.path.join(os.path.dirname(last), f"{rest['step']:07d}.pt")
-        if os.path.exists(numbered):
-            os.remove(numbered)
+    if args.keep_every and step % args.keep_every == 0:
+        numbered = Path(last).with_name(f"{step:07d}.pt")
+        numbered.unlink(missing_ok=True)
         try:
-            os.link(last, numbered)
+            numbered.hardlink_to(last)
         except OSError:  # a disk without hard links
             shutil.copyfile(last, numbered)
 
 
-def announce(log, args, data, models, network, device, precision, step, steps):
+def announce(log, args, data, models, network, run):
     """The first line: data, models, and how they are trained; of the rank with the log alone."""
     if not log:
         return
@@ -867,26 +862,20 @@ def announce(log, args, data, models, network, device, precision, step, steps):
     # Said before the first step, which may take minutes where it compiles.
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    run = f"{world} x {device.type}, {precision}; step {step} of {steps}"
     print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
 
 
-def leave(progress, data, device, last, step, steps, following):
+def leave(log, progress, data, device, last, step, steps, following):
     """The last line of a run, which names the command that comes next, and the end of its process group."""
-    silent = progress.disable  # but on rank 0; close() sets it
     progress.close()
     # Each rank knows of the images that it was to read.
     broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if not silent:
-        line = [f"{last}: step {step} of {steps}"]
-        if broken:
-            line.append(f"{broken} broken images were replaced by others")
+    if log:
+        replaced = f"; {broken} broken images were replaced by others" if broken else ""
+        end = f"next: {following} {last}"
         if step < steps:
-            line.append("stopped, the same command goes on from here")
-        else:
-            line.append(f"next: {following} {last}")
-        print("; ".join(line), file=sys.stderr)
+            end = "stopped, the same command goes on from here"
+        print(f"{last}: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -932,24 +921,12 @@ def build(args, device):
     decoder = Decoder(**config["decoder"])
     decoder.checkpoint_activations = args.checkpoint_activations
     if args.init:
-        initialise(decoder, args.init, args.encoder)
+        start = load_decoder(args.init, args.encoder, "--init")[0]
+        try:
+            decoder.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise SystemExit(f"--init {args.init}: of other sizes than this run ({reason(error)})") from None
     return encoder.to(device), decoder.to(device), config
-
-
-def initialise(decoder, path, encoder):
-    """--init: the weights of `path`, ours or released. Raises SystemExit where they are of other sizes."""
-    weights = load_decoder(path, encoder, "--init")[0].state_dict()
-    try:
-        decoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise SystemExit(f"--init {path}: of other sizes than this run ({reason(error)})") from None
-
-
-def build_losses(args, device):
-    """(perceptual loss, discriminator), None where its weight is 0."""
-    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
-    return perceptual, disc
 
 
 def training_state(decoder, disc, lr):
@@ -978,18 +955,6 @@ def open_held_out(args, data, device):
     return held_out, shown
 
 
-def step_options(args, precision):
-    """The keyword arguments of decoder_step."""
-    return {
-        "noise_tau": args.noise_tau,
-        "noise_law": args.noise_law,
-        "lpips_weight": args.lpips_weight,
-        "gan_weight": args.gan_weight,
-        "accum": args.accum,
-        "precision": precision,
-    }
-
-
 def milestones(args, steps_per_epoch, steps):
     """The steps at which the warm-up ends, and from which discriminator and GAN loss take part."""
     warmup = steps // 20 if args.warmup_epochs is None else round(args.warmup_epochs * steps_per_epoch)
@@ -1006,12 +971,13 @@ def main(argv=None):
     steps_per_epoch, steps = plan_steps(len(data), args, world)
     log = open_log(args.out) if rank == 0 else None
     encoder, decoder, config = build(args, device)
-    perceptual, disc = build_losses(args, device)
+    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
+    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
     state = training_state(decoder, disc, args.lr)
 
     # Where a run before this one stopped
-    last = os.path.join(args.out, "last.pt")
-    start = resume(find_checkpoint(args.resume, last, device), FORMAT, config, state, steps)
+    last = f"{args.out}/last.pt"
+    start = resume(args.resume, last, device, config, state, steps)
     step = start["step"]
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
     model = parallel(decoder, decoder.decoder_layers, args.compile, device)
@@ -1019,12 +985,14 @@ def main(argv=None):
 
     # What a user sees
     models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}"
-    announce(log, args, data, models, decoder, device, f"{precision} ({why})", step, steps)
+    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
+    announce(log, args, data, models, decoder, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
     warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
-    options = step_options(args, precision)
+    flags = ("noise_tau", "noise_law", "lpips_weight", "gan_weight", "accum")
+    options = {name: getattr(args, name) for name in flags} | {"precision": precision}
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     signals = catch_signals()
     recent = []
@@ -1041,12 +1009,10 @@ def main(argv=None):
         if finite:
             update_ema(state["ema"], decoder, args.ema)
         if finite and disc and step >= disc_start:
-            optimizer = state["disc_optimizer"]
-            set_learning_rate(
-                optimizer, learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
-            )
+            disc_lr = learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
+            set_learning_rate(state["disc_optimizer"], disc_lr)
             terms["disc"], finite = disc_step(
-                disc_model, optimizer, images, z, decoder, args.accum, precision
+                disc_model, state["disc_optimizer"], images, z, decoder, args.accum, precision
             )
         step += 1
 
@@ -1055,22 +1021,21 @@ def main(argv=None):
         if not finite:
             skipped.append(step)
             report_skipped(skipped, terms, progress, precision, last)
-        stopped = any_rank(len(signals) > 0, device)
+        stopped = any_rank(bool(signals), device)
         final = stopped or step == steps
         progress.update()
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
         if args.eval_data and (step == steps or step % args.eval_every == 0):
-            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers)
+            scores = evaluate(state["ema"], encoder, perceptual, held_out, args.workers, rank, world)
             report_scores(log, progress, step, scores)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
             save_preview(args.out, step, log, state["ema"], encoder, shown)
         if rank == 0 and (final or step % args.save_every == 0):
-            about = {"format": FORMAT, "config": config, "precision": precision, "args": vars(args)}
-            save(last, args.keep_every, state, step=step, **about)
+            save(last, args, state, step, config=config, precision=precision)
         if stopped:
             break
-    leave(progress, data, device, last, step, steps, "torchrun flow_train.py --decoder")
+    leave(log, progress, data, device, last, step, steps, "torchrun flow_train.py --decoder")
 
 
 if __name__ == "__main__":

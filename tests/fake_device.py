@@ -220,7 +220,7 @@ def run_latents(script, cached, monkeypatch):
 
 def run_evaluation(script, monkeypatch):
     monkeypatch.setattr(script, "load_images", load)
-    scores = script.evaluate(make_decoder(script), make_encoder(), make_perceptual(), Data(), 0, 4)
+    scores = script.evaluate(make_decoder(script), make_encoder(), make_perceptual(), Data(), 0, batch_size=4)
     assert scores.keys() == {"eval_psnr", "eval_lpips"}
 
 

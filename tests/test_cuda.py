@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -145,10 +146,10 @@ def test_fused_adamw_goes_on_from_a_file(tmp_path):
 
     step(state, 0)
     step(state, 1)
-    flow_train.save(last, None, state, step=2, format=flow_train.FORMAT, config={})
+    flow_train.save(last, types.SimpleNamespace(keep_every=None), state, 2, config={})
     network = small_dit().to(GPU)
     again = {"model": network, "optimizer": flow_train.adamw(network, 1e-3)}
-    flow_train.resume(last, flow_train.FORMAT, {}, again, 10)
+    flow_train.resume(None, last, GPU, {}, again, 10)
     for values in again["optimizer"].state.values():
         assert all(value.device == GPU for value in values.values())
     assert again["optimizer"].param_groups[0]["fused"]

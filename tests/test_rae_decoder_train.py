@@ -724,12 +724,13 @@ def test_resume_is_exact_with_the_discriminator_and_ema_is_its_closed_form(folde
 
 def test_a_numbered_copy_can_be_written_again(tmp_path):
     last = str(tmp_path / "last.pt")
+    args = types.SimpleNamespace(keep_every=2)
     network = torch.nn.Linear(2, 2)
     for bias in (1.0, 2.0):
         torch.nn.init.constant_(network.bias, bias)
-        rae_decoder_train.save(last, 2, {"model": network}, step=4)
+        rae_decoder_train.save(last, args, {"model": network}, 4)
     torch.nn.init.constant_(network.bias, 3.0)
-    rae_decoder_train.save(last, 2, {"model": network}, step=5)
+    rae_decoder_train.save(last, args, {"model": network}, 5)
     assert read(tmp_path / "0000004.pt")["model"]["bias"].tolist() == [2, 2]
     assert read(last)["model"]["bias"].tolist() == [3, 3] and len(list(tmp_path.iterdir())) == 2
 
