@@ -484,7 +484,9 @@ def load(path, flag="--flow"):
             config = file["config"]
             names = ("latent_shape", "num_classes", "prediction", "base_depth")
             options = {name: config[name] for name in names if name in config}
-            model = build(config["model"], **options, **config["sizes"])
+            sizes = dict(config["sizes"])
+            sizes.pop("patch", None)  # in older checkpoints, always 1
+            model = build(config["model"], **options, **sizes)
         else:
             try:
                 model = from_shapes(state)

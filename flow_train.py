@@ -499,7 +499,7 @@ def write_log(log, step, record):
 def log_picture(log, step, path):
     """The PNG of a preview in TensorBoard, where that is installed."""
     board = log[1]
-    if board:
+    if board and os.path.exists(path):
         board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
 
 
@@ -515,8 +515,11 @@ def resume(path, last, device, config, state, steps):
     checkpoint = read_weights(source, "--resume")
     if checkpoint.get("format") != FORMAT or not checkpoint.keys() >= {"config", "model", "optimizer"}:
         raise SystemExit(f"--resume {source}: not a whole {FORMAT} checkpoint")
-    # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
+    # Older versions have a patch size, always 1, and the precision among their flags.
     theirs = checkpoint["config"]
+    theirs.get("sizes", {}).pop("patch", None)
+    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
+    # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
     key = difference(config, theirs)
     if key:
         # A list of classes is long.

@@ -368,12 +368,13 @@ def test_checkpoint_keeps_prediction_and_base_depth(tmp_path):
     assert all(torch.equal(a, b) for a, b in outputs)
 
 
-def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("more_sizes", [{}, {"patch": 1}])  # older checkpoints hold the patch size
+def test_load_reads_ema_and_config_of_a_checkpoint(tmp_path, more_sizes):
     # A head of one block and the body's width: only the config knows.
     model, inputs = small("DiT-DH", head_width=32, head_depth=1)
     state = model.state_dict()
     config = {"model": "DiT-DH-S", "latent_shape": list(SHAPE), "num_classes": CLASSES}
-    config["sizes"] = model.sizes
+    config["sizes"] = model.sizes | more_sizes
     online = {key: torch.zeros_like(value) for key, value in state.items()}
     torch.save(
         {"format": "rae-flow/1", "config": config, "model": online, "ema": state, "step": 3},

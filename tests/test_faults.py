@@ -307,11 +307,13 @@ def test_workers_of_any_kind_load_the_same_bits(folder, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
 def test_checkpoints_of_older_versions_go_on(folder, script):
-    """They name the encoder's weights instead of hashing them."""
+    """They name the encoder's weights instead of hashing them, have a patch size, and precision as a flag."""
     end(start(script, 1, "whole", "--steps", 4))
     end(start(script, 1, "run", "--steps", 2))
     old = read("runs/run/last.pt")
-    del old["config"]["encoder_hash"]
+    del old["config"]["encoder_hash"], old["precision"]
+    old["config"].get("sizes", {})["patch"] = 1
+    old["args"]["precision"] = "fp32"
     old["config"]["encoder_weights"] = "random"
     torch.save(old, "runs/run/last.pt")
     end(start(script, 1, "run", "--steps", 4))

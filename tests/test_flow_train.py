@@ -305,6 +305,12 @@ def test_a_run_that_goes_on_keeps_its_precision(folder, precision):
     other = {"fp32": "bf16", "bf16": "fp32"}[precision]
     assert train("resumed", "--steps", "7", "--precision", other) == other
 
+    old = read("runs/resumed/last.pt")  # older versions have it among the flags alone
+    del old["precision"]
+    old["args"]["precision"] = precision
+    torch.save(old, "runs/resumed/last.pt")
+    assert train("resumed", "--steps", "8") == precision
+
 
 def test_files_of_a_new_run_are_looked_at_when_it_goes_on(folder):
     train("run", "--steps", 2)
