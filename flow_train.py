@@ -78,9 +78,9 @@ PRESETS = {
         "head_heads": 4,
         "batch_size": 64,
         # A minute or two on two cores
-        "epochs": 28,
+        "epochs": 26,
         "hold_epochs": 8,
-        "decay_epochs": 28,
+        "decay_epochs": 26,
         "lr": 2e-3,
         "ema": 0.99,
         "cache_latents": True,  # 2,000 small images

@@ -3,7 +3,7 @@
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 3, 4.3.
 L1, LPIPS and a GAN; noise on the latents, so that the decoder forgives what stage 2 will generate.
 
-    torchrun rae_decoder_train.py                        # the demo: two minutes on a laptop's CPU
+    torchrun rae_decoder_train.py                        # the demo: a minute on a laptop's CPU
     torchrun rae_decoder_train.py --data my_images       # 64 px, without GAN
     torchrun --nproc_per_node 8 rae_decoder_train.py --preset imagenet256 --data imagenet/train
 

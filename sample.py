@@ -3,7 +3,7 @@
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), section 4.
 Image i depends on checkpoints, seed and i alone; batch size, number of ranks and resume do not count.
 
-    python sample.py                                        # the demo: a minute on a laptop
+    python sample.py                                        # the demo: seconds on a laptop
     python sample.py --preset imagenet256 -n 16             # the released networks, from the Hugging Face hub
     torchrun --nproc_per_node 8 sample.py --preset imagenet256 --autoguide --npz
     python sample.py --reconstruct imagenet/val --out reconstructions

@@ -515,7 +515,7 @@ def test_safetensors_wherever_weights_are_read(folder):
         (
             flow_train,
             f"{COMMON} --hold-epochs 50",
-            "--hold-epochs ends at step 100, --decay-epochs at step 56",
+            "--hold-epochs ends at step 100, --decay-epochs at step 52",
         ),
         (flow_train, f"{COMMON} --decay-epochs 3", "--hold-epochs ends at step 16, --decay-epochs at step 6"),
         (rae_decoder_train, "", "22 images, fewer than --batch-size 32"),

@@ -443,8 +443,8 @@ def test_own_data_has_nothing_of_the_demo():
 
 def test_epochs_take_the_place_of_the_steps_of_a_preset():
     for flags, length in (
-        ([], (28, None)),
-        (["--steps", "5"], (28, 5)),  # steps count
+        ([], (26, None)),
+        (["--steps", "5"], (26, 5)),  # steps count
         (["--data", "x"], (None, 600)),
         (["--data", "x", "--epochs", "3"], (3, None)),
         (["--data", "x", "--steps", "5"], (None, 5)),
