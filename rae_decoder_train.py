@@ -708,8 +708,8 @@ def parallel(network, blocks, compile, device):
 
 def adamw(network, lr):
     """The paper's AdamW (appendix); fused: one kernel for all weights."""
-    # Fixed position embeddings are parameters, too, as the released names want it.
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    # Among them are fixed position embeddings, as the released names want it: without a gradient they stay.
+    weights = network.parameters()
     return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
 

@@ -307,10 +307,17 @@ def test_workers_of_any_kind_load_the_same_bits(folder, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
 def test_checkpoints_of_older_versions_go_on(folder, script):
-    """They name the encoder's weights instead of hashing them, have a patch size, and precision as a flag."""
+    """They name the encoder's weights instead of hashing them, have a patch size, and precision as a flag.
+
+    Their optimizer counts the fixed parameters, too.
+    """
     end(start(script, 1, "whole", "--steps", 4))
     end(start(script, 1, "run", "--steps", 2))
     old = read("runs/run/last.pt")
+    buffers = {"decoder_pos_embed"}
+    buffers |= {name for name in old["model"] if name.endswith(("freqs_cos", "freqs_sin"))}
+    numbers = old["optimizer"]["param_groups"][0]["params"]
+    assert numbers == list(range(len(old["model"].keys() - buffers)))
     del old["config"]["encoder_hash"], old["precision"]
     old["config"].get("sizes", {})["patch"] = 1
     old["args"]["precision"] = "fp32"
