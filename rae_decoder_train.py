@@ -109,7 +109,7 @@ PRESETS = {
         "batch_size": 16,
         "steps": 800,
         "warmup_epochs": None,
-        "lr": 5e-4,
+        "lr": 1e-3,
         "ema": 0.99,
         "log_every": 20,
         "eval_every": 200,
