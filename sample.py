@@ -289,6 +289,7 @@ def class_numbers(text, names, num_classes, flow):
     """
     if text is None:
         return None
+    names = names or imagenet_names(num_classes)
     numbers = []
     for name in text.split(","):
         # A number stays a number where folders have digits for names, too.
@@ -379,8 +380,7 @@ def open_sampling(args, decoder, decoder_config, device):
     shift = args.shift or config.get("shift", formula)
 
     # The classes take turns: as the paper's FID has it, each has as many images.
-    names = config.get("classes") or imagenet_names(model.num_classes)
-    classes = class_numbers(args.classes, names, model.num_classes, args.flow)
+    classes = class_numbers(args.classes, config.get("classes"), model.num_classes, args.flow)
     cycle = classes or range(model.num_classes)
     labels = [cycle[i % len(cycle)] for i in range(args.num)]
 
@@ -485,6 +485,11 @@ def check_settings(out, path, settings):
         stored = dict(json.loads(Path(path).read_bytes()))
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
+
+    # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
+    if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
+        del stored["reuse_body"]
+        stored["demo"] = settings["demo"]
 
     differences = [
         f"{key} {stored.get(key)} there and {settings.get(key)} here"

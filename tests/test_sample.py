@@ -627,6 +627,28 @@ def test_damaged_settings(twenty, tmp_path, content):
     assert "settings.json can't be read" in message and "another --out" in message and "\n" not in message
 
 
+def test_folders_of_older_versions(files, tmp_path):
+    """They go on where all that decides the pixels is the same: seeds did not count then."""
+    out = tmp_path / "samples"
+    flags = [*files[1], "--num", "2", "--out", str(out)]
+    sample.main(flags)
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["demo"]
+    for changes, goes_on in (
+        ({"reuse_body": 1}, True),
+        ({"reuse_body": 2}, False),
+        ({"reuse_body": 1, "cfg": 1.5}, False),
+        ({"reuse_body": 1, "seed": 7}, False),
+    ):
+        (out / "settings.json").write_text(json.dumps(settings | changes))
+        command = [*flags, "--seed", str(changes.get("seed", 0))]
+        if goes_on:
+            sample.main(command)
+            continue
+        with pytest.raises(SystemExit, match="images of other settings"):
+            sample.main(command)
+
+
 def test_beside_out(files, tmp_path, monkeypatch):
     """`--out .` has its grid beside the folder; what can't be written there is found before the work."""
     (tmp_path / "work").mkdir()
