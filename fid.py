@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +59,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 def parse_args(argv=None):
     """The flags. Raises SystemExit, in one line, for flags and values that can't be meant."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     presets = ["demo", "small", "imagenet256", "imagenet512"]
     protocols = ["adm", "pytorch-fid", "clean"]
@@ -109,10 +109,17 @@ def parse_args(argv=None):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake ends in one line, which names the nearest flag."""
 
+    def __init__(self, **options):
+        # Most flags and their help share a line, and no list of all flags comes before them.
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        usage = "%(prog)s [--flag value ...]"
+        super().__init__(formatter_class=layout, usage=usage, allow_abbrev=False, **options)
+
     def error(self, message):
+        # argparse names the nearest choice of a value, but not the nearest flag.
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
+            flags = re.findall(r"--[\w-]+", self.format_help())
             near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1)
             message += f" (perhaps {near[0]}?)" if near else ""
         raise SystemExit(f"{self.prog}: {message}; --help lists the flags")
@@ -121,6 +128,7 @@ class Parser(argparse.ArgumentParser):
 def bounded(convert, fits, expected):
     """An argparse type: convert(text) where that fits, else an error that says what was expected."""
 
+    # argparse shows the message of an ArgumentTypeError, but of a ValueError only the function's name.
     def parse(text):
         with contextlib.suppress(ValueError):
             value = convert(text)

@@ -73,7 +73,7 @@ PRESETS = {
 REPLACED = {
     "epochs": ["steps"],
     "image_size": ["encoder_size"],
-    "encoder": ["encoder_size", "encoder_weights", "layers"],
+    "encoder": ["encoder_size", "encoder_weights"],
     "model": ["width", "depth", "heads", "head_width", "head_depth", "head_heads"],
 }
 # The tag is part of the name: the mean and std of the training images come with it.

@@ -440,10 +440,12 @@ def test_own_data_has_nothing_of_the_demo():
     assert (args.preset, args.encoder, args.encoder_weights) == ("small", "dinov2-small", None)
     assert (args.image_size, args.encoder_size, args.decoder, args.cache_latents) == (64, 112, None, None)
 
-    # Its layers are its encoder's, and give way to the last alone.
+    # Its layers are of any encoder, as raev2's, and give way to the last alone.
     assert args.layers == list(range(1, 12))
-    for flags in (["--layers", "last"], ["--encoder", "test_vit"]):
-        assert flow_train.parse_args(["--data", "x", *flags]).layers is None
+    assert flow_train.parse_args(["--data", "x", "--layers", "last"]).layers is None
+    for preset, layers in (("small", list(range(1, 12))), ("raev2", [11, 13, 15, 17, 19, 21, 23])):
+        flags = ["--preset", preset, "--data", "x", "--encoder", "dinov2-large"]
+        assert flow_train.parse_args(flags).layers == layers
 
 
 def test_epochs_take_the_place_of_the_steps_of_a_preset():

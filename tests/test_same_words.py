@@ -27,9 +27,10 @@ def test_both_trainings_share_one_block():
 
 
 @pytest.mark.parametrize(
-    "name", ["natural_order", "list_images", "to_rgb", "center_crop", "keep_freed_memory"]
+    "name",
+    ["Parser", "bounded", "natural_order", "list_images", "to_rgb", "center_crop", "keep_freed_memory"],
 )
-def test_images_are_listed_and_read_alike(name):
+def test_flags_and_images_are_read_alike(name):
     assert inspect.getsource(getattr(fid, name)) == inspect.getsource(getattr(rae_encoder, name))
 
 
