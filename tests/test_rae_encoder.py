@@ -606,7 +606,7 @@ def test_images_are_drawn_evenly(total):
 
 @pytest.mark.slow
 def test_statistics_of_two_ranks_are_those_of_one(folder, tmp_path):
-    network = "--encoder test_vit --encoder-weights random --encoder-size 32"
+    network = "--encoder test_vit --encoder-weights random --encoder-size 32 --layers last"
     flags = [*f"{network} --image-size 32 --workers 0 --data".split(), str(folder)]
     one, two = str(tmp_path / "1.pt"), str(tmp_path / "2.pt")
     rae_encoder.main([*flags, "--batch-size", "11", "--out", one])
