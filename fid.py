@@ -94,6 +94,12 @@ def parse_args(argv=None):
     add("--json", action="store_true", help="one JSON line: numbers, sets, counts, what made the features")
 
     args = parser.parse_args(argv)
+    if args.features and (args.protocol != "adm" or args.inception_weights != "hub"):
+        parser.error("--protocol and --inception-weights are of Inception, not of --features")
+    # ADM's mu and sigma stand for its images, but not to other features.
+    if args.ref in REFERENCES and (args.features or args.protocol != "adm") and not args.ref_num:
+        problem = f"--ref {args.ref}: its mu and sigma are of Inception and --protocol adm"
+        parser.error(f"{problem}; --ref-num 10000 takes its images")
     named = args.preset or args.ref or args.save_stats
     if args.preset == "demo" or (not named and made_by_demo(args.samples)):
         parser.set_defaults(**DEMO)  # a flag that is given wins
@@ -504,7 +510,7 @@ def to_rgb(image):
 
 def center_crop(image, size):
     """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
-    # By hand what Pillow's reducing_gap came to do: one large bicubic step is of lower quality.
+    # Halved first, as ADM has it: one large bicubic step is of lower quality.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -584,15 +590,15 @@ class Images(Dataset):
         pixels = pil_to_tensor(image)  # (3,H,W)
         if self.shape not in (None, pixels.shape):
             sizes = f"{item!r} is {[*pixels.shape]}, {self.items[0]!r} is {[*self.shape]}"
-            return f"{sizes}; --crop makes them equal"
+            return f"{sizes}; --crop makes those of the reference, or of the only set, equal"
         return pixels
 
 
 class Statistics(NamedTuple):
-    """What FID needs of a set, and the features that it was computed of."""
+    """What FID needs of a set, and the features that it was computed from."""
 
-    mu: np.ndarray  # (D,), float64
-    sigma: np.ndarray  # (D,D), float64
+    mu: np.ndarray | torch.Tensor  # (D,), float64
+    sigma: np.ndarray | torch.Tensor  # (D,D), float64
     features: torch.Tensor  # (N,D), float32; N is 0 where they are not known
 
 
@@ -602,7 +608,7 @@ def read_statistics(path, width, made_by):
         mu = arrays["mu"]
         sigma = arrays["sigma"]
         features = torch.from_numpy(arrays.get("features", np.empty((0, width))))
-        # Who made ADM's reference batches is not written in them; their width tells.
+        # Files of others, ADM's reference batches too, don't say who made them: they are taken as asked for.
         by = str(arrays.get("made_by", made_by))
     if by != made_by or mu.shape != (width,) or sigma.shape != (width, width):
         raise ValueError(f"mu {mu.shape}, sigma {sigma.shape} by {by}; not of {width} features by {made_by}")
@@ -634,9 +640,11 @@ def open_set(path, flag, width, made_by, crop=None, num=None, spread=False):
 
     if statistics and crop:
         raise SystemExit(f"{flag} {path}: --crop {crop} can't crop what its mu and sigma are of")
-    count = len(images) if images else 0
-    if statistics is None and count < 4:  # a third neighbour must exist
-        raise SystemExit(f"{flag} {path}: {count} images, at least 4 are needed")
+    if num and images is None:
+        raise SystemExit(f"{flag} {path}: has no images to take {num} of; leave --num, --ref-num out")
+    number = len(images) if images else 0
+    if statistics is None and number < 4:  # a third neighbour must exist
+        raise SystemExit(f"{flag} {path}: {number} images, at least 4 are needed")
     return images, statistics
 
 
@@ -726,8 +734,10 @@ def evaluate(metrics, network, samples, reference=None):
 def keep_freed_memory(device):
     """glibc gives large blocks back at every free; new pages cost a CPU 10 to 20 % of a training step."""
     if sys.platform == "linux" and device.type == "cpu":
-        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        # Before glibc 2.35 so high a threshold is refused, and its own, which moves, is better left alone.
+        if libc.mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
 def main(argv=None):

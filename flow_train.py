@@ -62,6 +62,7 @@ from rae_encoder import (
 )
 
 FORMAT = "rae-flow/1"  # of the checkpoints
+MODELS = [f"{family}-{size}" for family in ("DiT", "DiT-DH") for size in dit_dh.SIZES]
 SIZES = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
 # What differs from the flags' own defaults, which are the released recipe's.
 PRESETS = {
@@ -125,13 +126,13 @@ def parse_args(argv=None):
         "--hold-epochs",
         type=amount,
         default=40,
-        help="of the first learning rate (%(default)s; None: half the run)",
+        help="of the first learning rate (%(default)s; small: half the run)",
     )
     add(
         "--decay-epochs",
         type=positive,
         default=800,
-        help="when its decay ends (%(default)s; None: with the run)",
+        help="when its decay ends (%(default)s; small: with the run)",
     )
     add("--clip", type=amount, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
     add(
@@ -144,7 +145,14 @@ def parse_args(argv=None):
     add("--decoder", metavar="FILE", help="decoder checkpoint for the previews (%(default)s)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="DiT-DH-XL", help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL (%(default)s)")
+    add(
+        "--model",
+        type=model_name,
+        choices=MODELS,
+        metavar="NAME",
+        default="DiT-DH-XL",
+        help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL (%(default)s)",
+    )
     add(
         "--prediction",
         choices=["v", "x"],
@@ -164,11 +172,16 @@ def parse_args(argv=None):
         help="encode all images once, into memory (%(default)s)",
     )
 
-    # A preset's sizes are of its own network, and its length gives way to another.
     args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    # The copy is a link to last.pt, which must be of that step.
     if args.keep_every and args.keep_every % args.save_every:
         raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     return args
+
+
+def model_name(text):
+    """An argparse type: a network's name as the paper spells it, in which checkpoints are compared."""
+    return text.upper().replace("DIT", "DiT")
 
 
 def time_shift(t, a):
@@ -215,6 +228,7 @@ def learning_rate(step, hold, decay, lr, final_lr):
 
 def milestones(args, steps_per_epoch, steps):
     """The steps at which the decay of the learning rate begins and ends. SystemExit where it ends first."""
+    # None: parts of the run, for epochs are of any length with a user's own images.
     hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
     decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
     if decay <= hold:
@@ -283,7 +297,6 @@ def load_latents(source, encoder, mean, var, order, workers):
 
     source: ImageData, whose images are encoded in fp32, as released, or a LatentCache.
     """
-    # Images are read from disk and encoded, latents lie in memory.
     device = mean.device
     if isinstance(source, LatentCache):
         batches = map(source.batch, order)
@@ -308,6 +321,7 @@ def latent_moments(args, start, source, encoder, latent_shape, rank, world):
     if kept:
         return kept
 
+    # At least one image for each rank
     num = max(world, min(args.stats_images, len(source)))
     order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
     if isinstance(source, LatentCache):
@@ -335,7 +349,7 @@ def train_step(
     eps = torch.randn_like(x)
     loss = torch.zeros((), device=x.device)
     optimizer.zero_grad()
-    # All draws come first, so that micro-batches see those of one large batch.
+    # These draws come first, so that micro-batches see those of one large batch. (The network drops labels.)
     chunks = (value.chunk(accum) for value in (x, y, t, eps))
     for k, micro_batch in enumerate(zip(*chunks, strict=True)):
         model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
@@ -400,7 +414,7 @@ def parallel(network, blocks, compile, device):
 
 def adamw(network, lr):
     """The paper's AdamW (appendix); fused: one kernel for all weights."""
-    # Among them are fixed position embeddings, as the released names want it: without a gradient they stay.
+    # Stage 2's fixed position embeddings are among them, as released: without a gradient they stay.
     weights = network.parameters()
     return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
@@ -569,7 +583,7 @@ def leave(log, progress, data, device, last, step, steps, following):
         replaced = f"; {broken} broken images were replaced by others" if broken else ""
         end = f"next: {following} {last}"
         if step < steps:
-            end = "stopped, the same command goes on from here"
+            end = "stopped, the same command goes on from here (without --resume)"
         print(f"{last}: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -643,9 +657,13 @@ def save_preview(folder, step, log, last, decoder, num_classes, device):
     torch.cuda.empty_cache()  # sample.py works on the same GPU; does nothing without one
     # A process of its own, with the flags that a user would give.
     samples = f"{folder}/preview-{step:07d}"
+    shutil.rmtree(samples, ignore_errors=True)  # of a step that is trained again
+    # Four of each class, in ten columns at most
+    classes = [str(number) for number in range(min(num_classes, 10))]
     sampler = Path(__file__).with_name("sample.py")
     command = [sys.executable, sampler, "--flow", last, "--decoder", decoder, "--out", samples]
-    command += ["--num", str(4 * min(num_classes, 10)), "--device", device.type, "--no-compile"]
+    command += ["--classes", ",".join(classes), "--num", str(4 * len(classes))]
+    command += ["--device", device.type, "--no-compile"]
     if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
         tqdm.write(f"{samples}: no preview, see above; training goes on", file=sys.stderr)
     else:
@@ -705,7 +723,7 @@ def main(argv=None):
             update_ema(ema, network, args.ema)
         step += 1
 
-        # A step that was not finite changed nothing; ten in a row end the run.
+        # What was skipped counts as a step, but not in the means of the log.
         recent.append(terms if finite else {})
         if not finite:
             skipped.append(step)

@@ -59,6 +59,7 @@ from rae_encoder import (
     write_file,
 )
 
+# The release has no small decoders: ViT-mini and ViT-S are for small images.
 #              width  depth  heads  MLP
 DECODERS = {
     "ViT-mini": (256, 6, 4, 1024),
@@ -67,8 +68,7 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
-# Parts of names in other files: in ours. Of torch.compile, DDP and diffusers' decoder; and of the authors'
-# discriminator, whose residual layer is a module around `fn` and whose spectral norm is PyTorch's older one.
+# Parts of names in other files -> in ours: of torch.compile, of DDP, of diffusers' decoder
 RELEASED = {
     "_orig_mod.": "",
     "module.": "",
@@ -77,6 +77,7 @@ RELEASED = {
     "attention.to_v.": "attention.attention.value.",
     "attention.to_out.0.": "attention.output.dense.",
 }
+# and of the authors' discriminator, with a residual module around `fn` and PyTorch's older spectral norm
 HEADS = {
     "heads.": "",
     ".fn.": ".",
@@ -84,7 +85,6 @@ HEADS = {
     "weight_u": "parametrizations.weight.0._u",
     "weight_v": "parametrizations.weight.0._v",
 }
-# The release names no small decoders: ViT-mini and ViT-S are for small images.
 FORMAT = "rae-decoder/1"  # of the checkpoints
 PRESETS = {
     "demo": DEMO
@@ -708,7 +708,7 @@ def parallel(network, blocks, compile, device):
 
 def adamw(network, lr):
     """The paper's AdamW (appendix); fused: one kernel for all weights."""
-    # Among them are fixed position embeddings, as the released names want it: without a gradient they stay.
+    # Stage 2's fixed position embeddings are among them, as released: without a gradient they stay.
     weights = network.parameters()
     return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
@@ -877,7 +877,7 @@ def leave(log, progress, data, device, last, step, steps, following):
         replaced = f"; {broken} broken images were replaced by others" if broken else ""
         end = f"next: {following} {last}"
         if step < steps:
-            end = "stopped, the same command goes on from here"
+            end = "stopped, the same command goes on from here (without --resume)"
         print(f"{last}: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -964,6 +964,13 @@ def milestones(args, steps_per_epoch, steps):
     return warmup, round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
 
 
+def next_command(args):
+    """What to type after this run, up to the name of its checkpoint."""
+    # The demo has its own images.
+    images = "" if args.preset == "demo" else f" --preset {args.preset} --data {args.data}"
+    return f"torchrun flow_train.py{images} --decoder"
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)
@@ -987,13 +994,14 @@ def main(argv=None):
     disc_model = parallel(disc, [], args.compile, device) if disc else None
 
     # What a user sees
-    models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}"
+    warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
+    gan = f"GAN from step {gan_start}" if disc else "no GAN"
+    models = f"{args.encoder} {config['latent_shape']} -> {args.decoder}, {gan}"
     run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
     announce(log, args, data, models, decoder, run)
     progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 
     # Train: everything that happens at a step, in the order in which it happens
-    warmup, disc_start, gan_start = milestones(args, steps_per_epoch, steps)
     flags = ("noise_tau", "noise_law", "lpips_weight", "gan_weight", "accum")
     options = {name: getattr(args, name) for name in flags} | {"precision": precision}
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
@@ -1019,7 +1027,6 @@ def main(argv=None):
             )
         step += 1
 
-        # A step that was not finite changed nothing; ten in a row end the run.
         recent.append(terms if finite else {})
         if not finite:
             skipped.append(step)
@@ -1038,7 +1045,7 @@ def main(argv=None):
             save(last, args, state, step, config=config, precision=precision)
         if stopped:
             break
-    leave(log, progress, data, device, last, step, steps, "torchrun flow_train.py --decoder")
+    leave(log, progress, data, device, last, step, steps, next_command(args))
 
 
 if __name__ == "__main__":

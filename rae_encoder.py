@@ -99,7 +99,8 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 def parse_args(argv=None):
     parser = common_parser(__doc__, PRESETS)
     add = parser.add_argument_group("output").add_argument
-    add("--num", type=count, help="images, drawn evenly; default: all")
+    # torchrun takes --num for an abbreviation of a flag of its own.
+    add("-n", "--num", type=count, help="images, drawn evenly; default: all; under torchrun only as -n")
     add("--out", default="stats.pt", help="file for the statistics (%(default)s)")
     return parse_with_preset(parser, PRESETS, argv)
 
@@ -233,12 +234,13 @@ def parse_with_preset(parser, presets, argv):
         first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
     given = first.parse_known_args(argv)[0]
     name = given.preset or ("small" if given.data else "demo")
-    # What goes out of the preset is left to the flags' own defaults.
+    # What is dropped from the preset falls back to the flags' own defaults.
     preset = dict(presets.get(name, {}))
     for flag, keys in REPLACED.items():
         asked = getattr(given, flag)
+        ours = str(preset.get(flag))
         # A network is named with its own sizes, also where the preset's has that name.
-        if asked and (flag == "model" or asked != str(preset.get(flag))):
+        if asked and (flag == "model" or ALIASES.get(asked, asked) != ALIASES.get(ours, ours)):
             for key in keys:
                 preset.pop(key, None)
     parser.set_defaults(**preset, preset=name)
@@ -343,8 +345,10 @@ def compile_blocks(blocks, asked, device):
 def keep_freed_memory(device):
     """glibc gives large blocks back at every free; new pages cost a CPU 10 to 20 % of a training step."""
     if sys.platform == "linux" and device.type == "cpu":
-        ctypes.CDLL(None).mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        # Before glibc 2.35 so high a threshold is refused, and its own, which moves, is better left alone.
+        if libc.mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
 def set_up(args):
@@ -505,10 +509,12 @@ def complete(config):
 def difference(config, other):
     """The first key that both configs have, with different values, or None; weights count, not names."""
     other = complete(other)
-    # An alias and timm's full name are one encoder where the hash is one; two unknown hashes are not one.
-    same_weights = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
+    # An encoder of one hash, or of an alias and its full name, is one; two unknown hashes are not one.
+    same_hash = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
+    names = [ALIASES.get(name, name) for name in (config.get("encoder"), other.get("encoder"))]
+    same_encoder = same_hash or names[0] == names[1]
     for key, value in config.items():
-        if other.get(key, value) != value and not (key == "encoder" and same_weights):
+        if other.get(key, value) != value and not (key == "encoder" and same_encoder):
             return key
     return None
 
@@ -615,7 +621,7 @@ def to_rgb(image):
 
 def center_crop(image, size):
     """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
-    # By hand what Pillow's reducing_gap came to do: one large bicubic step is of lower quality.
+    # Halved first, as ADM has it: one large bicubic step is of lower quality.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -711,7 +717,7 @@ def draw_demo(folder, num=2000, size=32):
     rng = np.random.default_rng(0)
     temporary = f"{folder}.{os.getpid()}.tmp"
     for i in range(num):
-        # Each draw has its turn: the same bytes every time hang on their order.
+        # The order of the draws decides the bytes.
         shape = ("bar", "circle", "ring", "triangle")[i % 4]
         fill = tuple(rng.integers(90, 256, 3).tolist())
 
@@ -865,7 +871,7 @@ class Encoder(nn.Module):
 
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // 16
-        if self.encoder_size % patch:
+        if self.encoder_size == 0 or self.encoder_size % patch:
             cause = f"--encoder-size {encoder_size}" if encoder_size else f"--image-size {image_size}"
             problem = (
                 f"the encoder would see {self.encoder_size} pixels, no multiple of its patch size, {patch}"
@@ -987,9 +993,9 @@ def main(argv=None):
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
     num = args.num or len(data)
     if not max(2, world) <= num <= len(data):
-        needed = f"statistics need two and one a rank, {max(2, world)}"
+        needed = f"statistics need {max(2, world)} or more: two, and one for each rank"
         raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
-    # That the file can be written shows best in its folder; with a dot, or a file might pass for one.
+    # The dot at the end makes a file in the folder's place fail.
     folder = os.path.join(os.path.dirname(args.out), ".")
     if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")

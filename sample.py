@@ -137,7 +137,11 @@ def build_parser(add_help=True):
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
 
     add = computing_flags(parser)
-    add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
+    add(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="default: bf16 where hardware has it; reconstruction: fp32",
+    )
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
 
     add = parser.add_argument_group("output").add_argument
@@ -153,7 +157,8 @@ def parse_args(argv=None):
     given = build_parser(add_help=False).parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(given.preset, {}))
     if given.reconstruct:
-        parser.set_defaults(num=None)  # all images of the folder
+        # All images of the folder, and for evaluation: in fp32.
+        parser.set_defaults(num=None, precision="fp32")
     if given.autoguide == "released":
         if given.preset not in RELEASED:
             raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(RELEASED)}")
@@ -170,12 +175,15 @@ def check_together(args):
     internal = args.internal_guidance
     if internal is True and (args.cfg is None or args.autoguide):
         raise SystemExit("--internal-guidance: give its scale, by --cfg or, beside --autoguide, as its value")
-    if args.cfg in (None, 1) and (args.autoguide or args.guidance_interval) and internal is None:
+    needs_scale = args.autoguide or (args.guidance_interval and internal is None)
+    if needs_scale and args.cfg in (None, 1):
         raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
-    if args.reconstruct and (args.cfg is not None or args.npz or args.classes is not None or args.stats):
-        raise SystemExit("--reconstruct does not sample: no --cfg, --npz, --classes, --stats with it")
-    if args.latent_noise and not args.reconstruct:
-        raise SystemExit("--latent-noise is for --reconstruct DIR")
+    sampling = [getattr(args, name) for name in ("cfg", "classes", "stats", "steps", "shift")]
+    sampling += [internal, args.autoguide, args.npz or None]
+    if args.reconstruct and sampling.count(None) < len(sampling):
+        raise SystemExit("--reconstruct does not sample: no flag of sampling, --stats or --npz with it")
+    if not args.reconstruct and (args.latent_noise or args.encoder_weights or args.skip_broken):
+        raise SystemExit("--latent-noise, --encoder-weights, --skip-broken are for --reconstruct DIR")
 
 
 # Formulas
@@ -188,7 +196,7 @@ def time_grid(steps, a, t_end=0.0):
     """
     # In float64: a time at an end of the guidance interval must not fall out of it.
     t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
-    return a * t / (1 + (a - 1) * t)
+    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # rounding can pass 1 where a is below 1
 
 
 def sample_latents(velocity, noise, grid, solver="euler"):
@@ -422,7 +430,8 @@ def files_hash(data):
     digest = hashlib.sha256()
     for i in range(len(data)):
         path = data.path(i)
-        status = os.stat(path)
+        # A link to nothing is a broken image, which the loader names or replaces.
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
         # The name below the folder: the folder itself may be named in more than one way.
         name = os.path.relpath(path, data.root)
         digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
@@ -486,7 +495,9 @@ def check_settings(out, path, settings):
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
 
-    # Folders of older versions have no `demo`, and the images of seed 0 whatever their seed.
+    # Older folders don't tell the pixels' mean and std.
+    stored.setdefault("pixels", settings["pixels"])
+    # Still older ones have no `demo`, but `reuse_body`, 1 where it was off; only of seed 0 is noise the same.
     if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
         del stored["reuse_body"]
         stored["demo"] = settings["demo"]
@@ -574,6 +585,7 @@ def write_grid(path, files, labels):
     classes = len(set(labels or [0]))  # reconstructions have none
     # Up to ten, a multiple of the number of classes.
     columns = 10 - 10 % classes if classes <= 10 else 10
+    columns = min(columns, len(files))
     files = files[:100]
     rows = math.ceil(len(files) / columns)
     size = Image.open(files[0]).width
@@ -628,6 +640,8 @@ def first_line(args, job, missing, computing):
         source = job.originals.about
     else:
         source = f"{args.flow}, {job.settings['steps']} {args.solver} steps, guidance {job.settings['cfg']}"
+        if "internal_guidance" in job.settings:
+            source += f", internal {job.settings['internal_guidance']}"
     target = f"{len(missing)} of {job.number} images in {args.out}"
     return f"{demo}{source}, {args.decoder} -> {target}; {computing}"
 
@@ -663,6 +677,7 @@ def main(argv=None):
             seed=args.seed,
             precision=precision,
             decoder=network_hash(decoder.parameters()),
+            pixels=[decoder.mean.flatten().tolist(), decoder.std.flatten().tolist()],
             demo=config.get("preset") == "demo",  # for fid.py
         )
 

@@ -609,7 +609,7 @@ def main(argv=None):
     print(f"torch {torch.__version__}, {DEVICE.type}, {threads}; {precision}: {why}", file=sys.stderr)
     torch.manual_seed(0)
     table = Table(args.quick, args.json)
-    if args.only not in ("memory", "memory_error", "listing"):
+    if args.only not in by_name - {"compile"}:
         table.head()
         for each in DTYPES:
             table.add_limit(each)

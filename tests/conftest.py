@@ -12,7 +12,7 @@ import rae_encoder  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: starts processes or takes longer than three seconds")
+    config.addinivalue_line("markers", "slow: starts processes or takes longer than a second")
 
 
 def read(path):

@@ -194,6 +194,7 @@ def test_base_adds_its_parameters_and_changes_nothing_else():
     assert not any(p.any() for layer in (start.linear, start.adaLN_modulation) for p in layer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_with_a_base_uses_every_parameter(recompute):
     """In one compiled graph; DDP waits forever for the gradient of a parameter that isn't used."""

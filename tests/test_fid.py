@@ -434,6 +434,7 @@ def test_crop_is_the_references(place, capsys, tmp_path):
     assert run_timm(capsys, place, stats[0], "--ref", stats[1])["fid"] < 1e-3
 
 
+@pytest.mark.slow
 def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
     saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
@@ -656,6 +657,7 @@ def test_hostile_npz_headers(tmp_path, header):
         open_set(tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 def test_hostile_images(tmp_path):
     """Every file by itself, beside a good one of its size: its name in one line, or its pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -696,6 +698,7 @@ def test_hostile_images(tmp_path):
     assert open_images(folder, crop=32)[3].shape == (3, 32, 32)  # 1 x 1, scaled up
 
 
+@pytest.mark.slow
 def test_download_checks_the_hash(place, tmp_path, monkeypatch):
     """The released file's name ends in the first digits of its SHA-256: any other content is refused."""
     torch.save({"weight": torch.zeros(2)}, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
@@ -758,13 +761,14 @@ def test_reference_batches_are_fetched_once(place, capsys, monkeypatch, server, 
     content = npz_bytes(arr_0=array, mu=np.zeros(64), sigma=np.eye(64))
     files["/256/batch.npz"] = (content, len(content))
     (tmp_path / "copy.npz").write_bytes(content)
-    expected = run_timm(capsys, place, place / "a", "--ref", tmp_path / "copy.npz")
-    first = run_timm(capsys, place, place / "a", "--ref", "imagenet256")
+    images = ("--ref-num", 99)  # not its mu and sigma, which would be of Inception
+    expected = run_timm(capsys, place, place / "a", "--ref", tmp_path / "copy.npz", *images)
+    first = run_timm(capsys, place, place / "a", "--ref", "imagenet256", *images)
     assert first == expected | {"ref": "imagenet256"} and requests == ["/256/batch.npz"]
     folder = tmp_path / "hub/hub/checkpoints"
     assert [path.name for path in folder.iterdir()] == ["batch.npz"]
     assert (folder / "batch.npz").read_bytes() == content
-    assert run_timm(capsys, place, place / "a", "--ref", "imagenet256") == first
+    assert run_timm(capsys, place, place / "a", "--ref", "imagenet256", *images) == first
     assert requests == ["/256/batch.npz"]  # no second one
 
 
@@ -868,7 +872,7 @@ def bad(place):
             "^'broken/y.png': not a readable image .*cannot identify image file.*; repair or remove",
         ),
         ("broken", "--workers 1", "^'broken/y.png': not a readable image .*cannot identify"),
-        ("sizes", "", r"^'sizes/y.png' is \[3, 48, 32\], 'sizes/v.png' is \[3, 32, 32\]; --crop"),
+        ("sizes", "", r"^'sizes/y.png' is \[3, 48, 32\], 'sizes/v.png' is \[3, 32, 32\]; --crop .*reference"),
         ("junk.npz", "", "^the set junk.npz: BadZipFile.*; expected a whole .npz"),
         ("nan_mu.npz", "", "not finite"),
         ("nan_sigma.npz", "", "not finite"),
@@ -880,7 +884,8 @@ def bad(place):
         ("half.npz", "", "0 images, at least 4"),
         ("floats.npz", "", "float64"),
         ("packed.npz", "", "compressed"),
-        ("small.npz", "--num 3", "0 images, at least 4"),
+        ("small.npz", "--num 3", "^the set small.npz: has no images to take 3 of"),
+        ("a", "--ref whole.npz --ref-num 9", "^--ref whole.npz: has no images to take 9 of"),
         ("a", "--ref whole.npz --crop 8", "--ref whole.npz: --crop 8 can't crop"),
         ("a", "--ref small.npz", r"--ref small.npz: .*mu \(4,\).* not of 64 features"),
         (
@@ -936,6 +941,14 @@ def bad(place):
             "Missing key.*Conv2d_1a_3x3.conv.weight",
         ),
         ("a", "--features=", "--features-weights needs --features"),
+        ("a", "--protocol clean", "--protocol and --inception-weights are of Inception, not of --features"),
+        ("a", "--inception-weights random", "are of Inception, not of --features"),
+        (
+            "a",
+            "--ref imagenet256",
+            "--ref imagenet256: its mu and sigma .*; --ref-num 10000 takes its images",
+        ),
+        ("a", "--ref imagenet512 --features= --features-weights hub --protocol clean", "its mu and sigma"),
     ],
 )
 def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, message):
@@ -946,6 +959,7 @@ def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, message)
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, capsys):
     torch.save(fid.Inception().state_dict(), tmp_path / "inception.pt")
     asked = []

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from test_sample import write_decoder
 
 import dit_dh
 import flow_train
+import sample
 from rae_encoder import Encoder
 
 
@@ -289,6 +291,7 @@ def test_the_networks_compile_once_and_in_one_graph():
 # Runs that go on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_goes_on_keeps_its_precision(folder, precision):
     """Whichever of the two is this hardware's default; a flag still changes it."""
@@ -312,6 +315,7 @@ def test_a_run_that_goes_on_keeps_its_precision(folder, precision):
     assert train("resumed", "--steps", "8") == precision
 
 
+@pytest.mark.slow
 def test_files_of_a_new_run_are_looked_at_when_it_goes_on(folder):
     train("run", "--steps", 2)
     before = read("runs/run/last.pt")
@@ -433,6 +437,33 @@ def test_the_sizes_of_a_preset_are_of_its_own_network():
     for flags, sizes in cases:
         args = flow_train.parse_args(flags)
         assert (args.width, args.depth) == sizes, flags
+
+
+def test_a_network_is_stored_under_the_papers_name():
+    """A run goes on whatever the case in which its network is named; an unknown name is found at once."""
+    for name in ("DiT-DH-S", "dit-dh-s", "DIT-DH-S"):
+        assert flow_train.parse_args(["--model", name]).model == "DiT-DH-S"
+    assert flow_train.parse_args(["--model", "dit-xl"]).model == "DiT-XL"
+    line = message(flow_train.parse_args, ["--model", "DiT-DH-M"])
+    assert "--model: invalid choice: 'DiT-DH-M' (choose from" in line
+
+
+@pytest.mark.parametrize(("num_classes", "classes"), [(3, "0,1,2"), (1000, "0,1,2,3,4,5,6,7,8,9")])
+def test_a_preview_has_four_images_of_each_class(tmp_path, monkeypatch, num_classes, classes):
+    """Of up to ten classes; a preview of the same step, of before a run went back, gives way."""
+    left = tmp_path / "preview-0000004"
+    left.mkdir()
+
+    def run(command, **_):
+        assert not left.exists()
+        args = sample.parse_args(command[2:])
+        assert (args.classes, args.num) == (classes, 4 * len(classes.split(",")))
+        assert (args.flow, args.decoder, args.out) == ("last.pt", "decoder.pt", str(left))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(flow_train.subprocess, "run", run)
+    cpu = torch.device("cpu")
+    flow_train.save_preview(tmp_path, 4, [None, None], "last.pt", "decoder.pt", num_classes, cpu)
 
 
 def test_own_data_has_nothing_of_the_demo():

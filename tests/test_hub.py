@@ -311,6 +311,7 @@ def pixels(folder, num=2):
 FAST = "-n 2 --steps 2 --precision fp32 --device cpu --no-compile"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, flow, weak, scale", [(256, "XL", "S_ep14", 1.42), (512, "XL_ep400", "S_ep20", 1.5)]
 )
@@ -473,6 +474,7 @@ def their_head(width):
     return nn.Sequential(their_layer(width, 1), TheirResidual(their_layer(width, 9)), last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bare", "checkpoint"])
 def test_the_authors_heads_are_a_start(hub, tmp_path, monkeypatch, layout):
     width = 384

@@ -681,7 +681,7 @@ def log(folder="runs/decoder"):
 GAN = "--gan-weight 0.75 --disc-weights random --disc-start 1 --gan-start 2".split()  # noqa: SIM905
 
 
-def test_schedules_at_exact_steps(folder, tiny_dino, monkeypatch):
+def test_schedules_at_exact_steps(folder, tiny_dino, monkeypatch, capsys):
     seen = []
 
     def decoder_step(_model, optimizer, _images, _z, _perceptual, disc, **_):
@@ -695,11 +695,21 @@ def test_schedules_at_exact_steps(folder, tiny_dino, monkeypatch):
     monkeypatch.setattr(rae_decoder_train, "decoder_step", decoder_step)
     monkeypatch.setattr(rae_decoder_train, "disc_step", disc_step)
     run(*GAN, "--epochs", 6, "--lr", 3e-4, "--final-lr", 1e-4)  # two steps an epoch
+    assert "ViT-mini, GAN from step 4 (" in capsys.readouterr().err
     cosine = [1e-4 + 2e-4 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]
     assert [lr for lr, _, _ in seen] == pytest.approx([1.5e-4, 3e-4, *cosine])
     assert [critic for _, critic, _ in seen] == [step >= 4 for step in range(12)]
     own = [lr for _, _, lr in seen]
     assert own[:2] == [None] * 2 and own[2:] == pytest.approx([1.5e-4, 3e-4, *cosine[:8]])
+
+
+def test_the_next_command_is_of_the_same_images():
+    for flags, line in (
+        ("", "torchrun flow_train.py --decoder"),
+        ("--data x", "torchrun flow_train.py --preset small --data x --decoder"),
+        ("--preset raev2 --data x", "torchrun flow_train.py --preset raev2 --data x --decoder"),
+    ):
+        assert rae_decoder_train.next_command(rae_decoder_train.parse_args(flags.split())) == line
 
 
 @pytest.mark.slow

@@ -538,6 +538,7 @@ def test_networks_that_are_no_plain_vit_end_in_one_line(name):
             "random",
             "--encoder-size 65: the encoder would see 65 pixels, no multiple of its patch size, 16",
         ),
+        ("test_vit", 0, "random", "--image-size 0: the encoder would see 0 pixels"),
         ("test_vit", None, "none.pt", "--encoder-weights none.pt: no such file"),
         ("test_vit", None, "text.pt", "--encoder-weights text.pt: no weights of timm's test_vit ("),
         ("test_vit", None, "wrong.pt", "--encoder-weights wrong.pt: no weights of timm's test_vit ("),
@@ -559,7 +560,7 @@ def test_bad_encoders_end_in_one_line(tmp_path, monkeypatch, name, size, weights
     torch.save({"model": "test_vit"}, "level.pt")
     torch.save(timm.create_model("test_vit", embed_dim=128).state_dict(), "wide.pt")
     Path("text.pt").write_text("no weights")
-    found = message(Encoder, name, size, 256, weights)
+    found = message(Encoder, name, size, 0 if size == 0 else 256, weights)
     assert line in found
     assert weights != "wide.pt" or len(found) < 300  # the first of PyTorch's list of differences
     assert name != "dinov2-small" or "--encoder-weights FILE" in found
@@ -805,6 +806,13 @@ def test_a_pair_is_of_one_encoder_and_one_latent_shape():
         line = message(rae_encoder.check_pair, flow, "flow.pt", flow | {key: other}, "decoder.pt")
         assert line == f"flow.pt has {key} {flow[key]}, decoder.pt has {other}: they are no pair"
 
+    # An alias is its full name, also where a file holds no hash; another encoder is another.
+    full = {"encoder": rae_encoder.ALIASES["dinov2-base"], "encoder_size": 224, "latent_shape": [768, 16, 16]}
+    rae_encoder.check_pair(full, "flow.pt", full | {"encoder": "dinov2-base"}, "decoder.pt")
+    rae_encoder.check_pair(full | {"encoder": "dinov2-base"}, "flow.pt", full, "decoder.pt")
+    other = full | {"encoder": "mae-base"}
+    assert "no pair" in message(rae_encoder.check_pair, full, "flow.pt", other, "decoder.pt")
+
 
 # ------------------------------------------------------------------------------------------------- flags
 
@@ -835,7 +843,7 @@ def test_bounds_are_types_of_argparse(kind, good, bad):
         ("--encodr x", "unrecognized arguments: --encodr x (perhaps --encoder?)"),
         ("--zzzzz", "unrecognized arguments: --zzzzz; --help"),
         ("--image 5", "unrecognized arguments: --image 5"),
-        ("--num 0", "argument --num: expected a whole number from 1, got 0"),
+        ("--num 0", "argument -n/--num: expected a whole number from 1, got 0"),
         ("--workers -1", "argument --workers: expected a whole number from 0, got -1"),
         ("--data", "argument --data: expected one argument"),
         ("--preset nosuch --data x", "argument --preset: invalid choice: 'nosuch'"),
@@ -857,6 +865,17 @@ def test_the_preset_follows_the_data_and_flags_go_over_it():
     assert (large.image_size, large.encoder, large.batch_size) == (512, "dinov2-base", 8)
     assert rae_encoder.parse_args(["--image-size", "48", "--seed", "3"]).image_size == 48
     assert rae_encoder.parse_args([]) == demo  # a parse leaves no trace in the presets
+    # The preset's encoder in other words keeps its size; another encoder has its own.
+    full = rae_encoder.ALIASES["dinov2-small"]
+    assert rae_encoder.parse_args(["--data=x", "--encoder", full]).encoder_size == 112
+    assert rae_encoder.parse_args(["--data=x", "--encoder", "dinov2-base"]).encoder_size is None
+
+
+def test_torchrun_leaves_the_number_of_images_to_the_script():
+    from torch.distributed.run import parse_args
+
+    assert parse_args(["rae_encoder.py", "-n", "7"]).training_script_args == ["-n", "7"]
+    assert rae_encoder.parse_args(["-n", "7"]).num == 7
 
 
 def test_help_shows_every_default(capsys):

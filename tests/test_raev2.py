@@ -211,6 +211,7 @@ def test_internal_guidance_in_one_call():
 # The commands at tiny size
 
 
+@pytest.mark.slow
 def test_a_network_with_all_of_it_is_trained_resumed_and_sampled(folder):
     flags = [
         *TINY.split(),

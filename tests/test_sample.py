@@ -142,6 +142,8 @@ def test_time_grid():
     torch.testing.assert_close(sample.time_grid(49, a, 0.001).float(), released, rtol=1e-6, atol=1e-7)
     assert abs(sample.time_grid(49, a, 0.001)[-1].item() - 0.0069) < 5e-5
     torch.testing.assert_close(sample.time_grid(4, 1.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]).double())
+    # No time falls out of the interval (0, 1) of guidance, whatever the shift.
+    assert all(sample.time_grid(2, a / 100)[0] <= 1 for a in range(1, 1000))
 
 
 MU = torch.tensor([0.7, -1.2, 0.3], dtype=torch.float64)
@@ -245,6 +247,7 @@ def test_networks_see_one_time_a_batch_and_answer_in_fp32():
         assert velocity(x, 0.3, y).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_only_the_first_batch_compiles():
     """Body and head, plain and doubled by guidance; a last batch that is not full takes what is there."""
     torch._dynamo.reset()
@@ -302,6 +305,7 @@ def test_sample_against_a_loop(files, tmp_path, a, guidance):
         assert np.abs(png - image.numpy()).max() < 0.51
 
 
+@pytest.mark.slow
 def test_released_files(files, tmp_path):
     """Bare state dicts and --stats give the same PNGs as the checkpoint, whose shift is the formula's."""
     folder, flags = files
@@ -355,6 +359,7 @@ def test_batches_share_nothing(files, tmp_path):
     assert difference(tmp_path / "4", tmp_path / "unguided") > 10
 
 
+@pytest.mark.slow
 def test_flags_reach_the_solver(files, tmp_path):
     """Each of these flags changes the images."""
     plain, guided = [*files[1], "--num", "2"], [*files[1], "--num", "2", "--cfg", "2"]
@@ -555,6 +560,7 @@ def test_a_thread_that_cannot_write_ends_the_run(files, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["settings.json"]
 
 
+@pytest.mark.slow
 def test_npz_is_a_stream(tmp_path, monkeypatch):
     """50,000 images of 256 px are 10 GB: memory stays flat, and a member of over 4 GB is possible."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
@@ -582,6 +588,7 @@ def test_npz_and_grid(twenty):
     assert (grid[32:64, 32:64] == images[10]).all() and (grid[64:, 64:] == 255).all()
 
 
+@pytest.mark.slow
 def test_settings_guard(twenty, files, tmp_path):
     """A folder of other settings is refused, and the message says which; more of the same is welcome."""
     out = tmp_path / "samples"
@@ -593,6 +600,8 @@ def test_settings_guard(twenty, files, tmp_path):
         checkpoint["ema"][key] += 1e-6  # one more step of training, under the old name
         later[name] = str(tmp_path / f"{name}.pt")
         torch.save(checkpoint, later[name])
+    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.0] * 3, std=[0.25] * 3)
+    later["pixels"] = write_decoder(tmp_path / "pixels.pt", decoder=sizes)
     for change, word in (
         (["--seed", "6"], "seed 5 there and 6 here"),
         (["--steps", "4"], "steps 3 there and 4 here"),
@@ -606,6 +615,7 @@ def test_settings_guard(twenty, files, tmp_path):
         (["--precision", "bf16"], "precision"),
         (["--flow", later["flow"]], "flow"),
         (["--decoder", later["decoder"]], "decoder"),
+        (["--decoder", later["pixels"]], "pixels"),
     ):
         with pytest.raises(SystemExit) as error:
             sample.main([*twenty[1], *change, "--out", str(out)])
@@ -633,9 +643,10 @@ def test_folders_of_older_versions(files, tmp_path):
     flags = [*files[1], "--num", "2", "--out", str(out)]
     sample.main(flags)
     settings = json.loads((out / "settings.json").read_text())
-    del settings["demo"]
+    del settings["demo"], settings["pixels"]
     for changes, goes_on in (
         ({"reuse_body": 1}, True),
+        ({"reuse_body": 1, "pixels": [[0, 0, 0], [1, 1, 1]]}, False),
         ({"reuse_body": 2}, False),
         ({"reuse_body": 1, "cfg": 1.5}, False),
         ({"reuse_body": 1, "seed": 7}, False),
@@ -684,6 +695,7 @@ def test_demo_is_told_by_the_decoder(files, tmp_path, capsys):
         assert ("The demo" in capsys.readouterr().err) is demo
 
 
+@pytest.mark.slow
 def test_reconstruct(files, tmp_path, capsys):
     """PNGs are decode(encode(crop)), in the folder's order, and the PSNR is the mean over images."""
     folder, flags = files
@@ -702,8 +714,9 @@ def test_reconstruct(files, tmp_path, capsys):
         "--out",
         str(out),
     ]
-    command += ["--precision", "fp32", "--workers", "0", "--batch-size", "2", "--flow", "not/needed.pt"]
+    command += ["--workers", "0", "--batch-size", "2", "--flow", "not/needed.pt"]
     sample.main(command)
+    assert json.loads((out / "settings.json").read_text())["precision"] == "fp32"  # without a flag
     printed = json.loads(capsys.readouterr().out)
     encoder = Encoder("test_vit", 32, 32, "random")
     decoder, psnr = sample.load_decoder(str(folder / "decoder.pt"))[0], []
@@ -717,7 +730,7 @@ def test_reconstruct(files, tmp_path, capsys):
         assert np.abs(expected - png).max() <= 1
         psnr.append(10 * math.log10(255**2 / np.mean((png - original.astype(float)) ** 2)))
     assert printed == {"psnr": pytest.approx(np.mean(psnr), abs=1e-9), "images": 5, "broken": 0}
-    assert Image.open(f"{out}.png").size == (320, 32)
+    assert Image.open(f"{out}.png").size == (5 * 32, 32)
 
     # One file is a folder of one.
     single = [*command[2:], "--reconstruct", str(originals[3]), "--out", str(tmp_path / "single")]
@@ -768,6 +781,15 @@ def test_reconstruct(files, tmp_path, capsys):
     sample.main([*command, "--skip-broken"])
     assert json.loads(capsys.readouterr().out)["broken"] == 1
 
+    # A link to nothing is a broken image like any other.
+    originals[1].unlink()
+    originals[1].symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="images .* there and .* here"):
+        sample.main([*command, "--skip-broken"])
+    shutil.rmtree(tmp_path / "other")
+    sample.main([*command, "--skip-broken"])
+    assert json.loads(capsys.readouterr().out)["broken"] == 1
+
 
 def test_the_demos_network_alone_is_guided_by_default(files, tmp_path):
     """Whether --flow names it or not; flags win."""
@@ -805,6 +827,7 @@ def test_numbers_by_default():
 # What a user can do wrong
 
 
+@pytest.mark.slow
 def test_errors(files, tmp_path, monkeypatch):
     folder, flags = files
     monkeypatch.chdir(tmp_path)
@@ -853,9 +876,14 @@ def test_errors(files, tmp_path, monkeypatch):
         ([*flags, "--cfg", "2", "--autoguide", "none.pt"], ["--autoguide none.pt", "no such file"]),
         ([*decoder, "--reconstruct", "empty"], ["--reconstruct empty", "no .png"]),
         ([*decoder, "--reconstruct", "nowhere"], ["--reconstruct nowhere"]),
-        ([*decoder, "--reconstruct", "empty", "--npz"], ["--reconstruct", "--npz"]),
-        ([*decoder, "--reconstruct", "empty", "--classes", "1"], ["--reconstruct", "--classes"]),
-        ([*decoder, "--latent-noise", "1"], ["--latent-noise is for --reconstruct"]),
+        ([*decoder, "--reconstruct", "empty", "--npz"], ["--reconstruct does not sample"]),
+        ([*decoder, "--reconstruct", "empty", "--classes", "1"], ["--reconstruct does not sample"]),
+        ([*decoder, "--reconstruct", "empty", "--steps", "9"], ["--reconstruct does not sample"]),
+        ([*decoder, "--reconstruct", "empty", "--internal-guidance", "1.5"], ["does not sample"]),
+        ([*decoder, "--latent-noise", "1"], ["are for --reconstruct"]),
+        ([*decoder, "--skip-broken"], ["are for --reconstruct"]),
+        ([*decoder, "--encoder-weights", "random"], ["are for --reconstruct"]),
+        ([*flags, "--internal-guidance", "1.5", "--autoguide", plain], ["--cfg"]),
     ):
         with pytest.raises(SystemExit) as error:
             sample.main([*arguments, "--out", "out"])
