@@ -483,7 +483,7 @@ def test_epochs_take_the_place_of_the_steps_of_a_preset():
     for flags, length in (
         ([], (26, None)),
         (["--steps", "5"], (26, 5)),  # steps count
-        (["--data", "x"], (None, 600)),
+        (["--data", "x"], (None, 2000)),
         (["--data", "x", "--epochs", "3"], (3, None)),
         (["--data", "x", "--steps", "5"], (None, 5)),
     ):
