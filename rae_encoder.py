@@ -537,14 +537,9 @@ def check_pair(flow, flow_name, decoder, decoder_name):
 
 def natural_order(names):
     """Names sorted with numbers by value; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
-    split = re.compile("([0-9]+)").split
-
-    def key(name):
-        parts = split(name.lower())  # text and digits take turns
-        parts[1::2] = map(int, parts[1::2])
-        return parts
-
-    return sorted(sorted(names), key=key)  # sorting leaves ties as they are
+    # Padded to the longest that a name can have, behind a character that sorts before any text.
+    pad = partial(re.compile("[0-9]+").sub, lambda digits: "\0" + digits[0].zfill(255))
+    return sorted(sorted(names), key=lambda name: pad(name.lower()))  # sorting leaves ties as they are
 
 
 def list_images(root, flag):

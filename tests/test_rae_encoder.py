@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -211,6 +212,14 @@ def test_natural_order_is_one_for_any_order_of_the_input():
         assert rae_encoder.natural_order(rng.permutation(expected).tolist()) == expected
     for names in itertools.permutations(["x1", "x01", "x001", "X1"]):
         assert rae_encoder.natural_order(names) == ["X1", "x001", "x01", "x1"]
+
+    # As comparing text with text and number with number, part by part
+    def parts(name):
+        return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name.lower())]
+
+    letters = list("aAb019.- _\u00e9\t")
+    names = ["".join(rng.choice(letters, rng.integers(1, 9))) for _ in range(3000)]
+    assert rae_encoder.natural_order(names) == sorted(sorted(names), key=parts)
 
 
 def make(root, *paths):
