@@ -95,7 +95,8 @@ class Blocks(list):
         self.compiled += 1
 
 
-def test_compiling_is_for_cuda_unless_asked():
+def test_compiling_is_for_cuda_unless_asked(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # a machine with a C compiler
     for asked, device, expected in (
         (None, "cuda", 2),
         (None, "cpu", 0),
@@ -135,8 +136,9 @@ class Scaled(torch.nn.Module):
         return x * self.factor
 
 
-def test_past_eight_versions_blocks_are_still_compiled():
+def test_past_eight_versions_blocks_are_still_compiled(monkeypatch):
     """torch's own limit is eight; past it a block runs eager without a word."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # nothing here needs a real C compiler
     x = torch.ones(2)
     versions = []
     blocks = [Scaled(float(k), versions) for k in range(10)]
