@@ -68,7 +68,7 @@ DECODERS = {
     "ViT-L": (1024, 24, 16, 4096),
     "ViT-XL": (1152, 28, 16, 4096),
 }
-# Parts of names in other files -> in ours: of torch.compile, of DDP, of diffusers' decoder
+# Parts of names in other files, and what they are here: of torch.compile, DDP and diffusers' decoder
 RELEASED = {
     "_orig_mod.": "",
     "module.": "",
@@ -77,7 +77,7 @@ RELEASED = {
     "attention.to_v.": "attention.attention.value.",
     "attention.to_out.0.": "attention.output.dense.",
 }
-# and of the authors' discriminator, with a residual module around `fn` and PyTorch's older spectral norm
+# The same of the authors' discriminator: a residual module around `fn`, PyTorch's older spectral norm
 HEADS = {
     "heads.": "",
     ".fn.": ".",

@@ -240,7 +240,7 @@ def parse_with_preset(parser, presets, argv):
         asked = getattr(given, flag)
         ours = str(preset.get(flag))
         # A network is named with its own sizes, also where the preset's has that name.
-        if asked and (flag == "model" or ALIASES.get(asked, asked) != ALIASES.get(ours, ours)):
+        if asked and (flag == "model" or full_name(asked) != full_name(ours)):
             for key in keys:
                 preset.pop(key, None)
     parser.set_defaults(**preset, preset=name)
@@ -501,6 +501,11 @@ def fingerprint(tensors):
     return digest.hexdigest()[:12]
 
 
+def full_name(encoder):
+    """timm's own name of an encoder that may be named by an alias."""
+    return ALIASES.get(encoder, encoder)
+
+
 def complete(config):
     """A checkpoint's config with what older versions leave out; a released file tells next to nothing."""
     return OLDER | config if "encoder_size" in config else config
@@ -511,10 +516,9 @@ def difference(config, other):
     other = complete(other)
     # An encoder of one hash, or of an alias and its full name, is one; two unknown hashes are not one.
     same_hash = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
-    names = [ALIASES.get(name, name) for name in (config.get("encoder"), other.get("encoder"))]
-    same_encoder = same_hash or names[0] == names[1]
+    same_name = full_name(config.get("encoder")) == full_name(other.get("encoder"))
     for key, value in config.items():
-        if other.get(key, value) != value and not (key == "encoder" and same_encoder):
+        if other.get(key, value) != value and not (key == "encoder" and (same_hash or same_name)):
             return key
     return None
 
@@ -805,7 +809,7 @@ def load_images(data, order, device, workers=0):
 def timm_name(name):
     """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
     # Without a tag any architecture of timm will do, with one its weights must exist.
-    full = ALIASES.get(name, name)
+    full = full_name(name)
     if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
         raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
     return full

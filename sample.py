@@ -178,10 +178,12 @@ def check_together(args):
     needs_scale = args.autoguide or (args.guidance_interval and internal is None)
     if needs_scale and args.cfg in (None, 1):
         raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
-    sampling = [getattr(args, name) for name in ("cfg", "classes", "stats", "steps", "shift")]
-    sampling += [internal, args.autoguide, args.npz or None]
-    if args.reconstruct and sampling.count(None) < len(sampling):
-        raise SystemExit("--reconstruct does not sample: no flag of sampling, --stats or --npz with it")
+    sampling = ("cfg", "classes", "stats", "steps", "shift", "internal_guidance", "autoguide")
+    given = [name for name in sampling if getattr(args, name) is not None]
+    if args.reconstruct and (given or args.npz):
+        raise SystemExit(
+            "--reconstruct does not sample: no --npz, --cfg, --classes, --stats or the like with it"
+        )
     if not args.reconstruct and (args.latent_noise or args.encoder_weights or args.skip_broken):
         raise SystemExit("--latent-noise, --encoder-weights, --skip-broken are for --reconstruct DIR")
 

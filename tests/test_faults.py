@@ -533,7 +533,11 @@ def test_safetensors_wherever_weights_are_read(folder):
         (rae_decoder_train, "", "22 images, fewer than --batch-size 32"),
         (rae_decoder_train, "--batch-size 4 --accum 3", "--batch-size 4 is no multiple of 1 ranks x 3"),
         (rae_decoder_train, f"{COMMON} --image-size 30", "--image-size 30: the encoder would see 30 pixels"),
-        (sample, "--latent-noise 1", "are for --reconstruct DIR"),
+        (
+            sample,
+            "--latent-noise 1",
+            "--latent-noise, --encoder-weights, --skip-broken are for --reconstruct",
+        ),
         # Files and folders
         (rae_decoder_train, "--data none", "--data none: No such file or directory"),
         (flow_train, "--data none", "--data none: No such file or directory"),
