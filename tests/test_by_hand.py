@@ -1,0 +1,563 @@
+"""Training steps of both commands by hand: from a folder of images to last.pt and the log.
+
+The formulas of the scripts are tested one by one elsewhere. These tests see the lines that join them: order,
+crops, seeds, statistics, noise, times, losses, AdamW, learning rate and EMA, each written once more here.
+"""
+
+import copy
+import json
+import math
+import re
+
+import lpips
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import relu
+
+import dit_dh
+import flow_train
+import rae_decoder_train
+from rae_encoder import Encoder
+
+SEED = 8
+BATCH = 8
+CLASSES = {"2": 5, "10": 8, "b": 9}  # 22 images: two steps an epoch, and six images are left over
+COMMON = f"""--preset imagenet256 --data images --seed {SEED} --batch-size {BATCH} --precision fp32
+    --device cpu --encoder test_vit --encoder-weights random --lr 1e-3 --final-lr 4e-4 --ema 0.9 --workers 0
+    --log-every 1 --save-every 1 --keep-every 1 --preview-every 0 --out run"""
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels():
+    """One thread, which small networks are fastest on, and the attention that the trainings use on a CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """A working folder with 22 images in three classes; (path, class) of each, in the order of the data."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    paths = []
+    for label, (name, number) in enumerate(CLASSES.items()):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        # Numbers by value: 8, 9, 10, 11 in the order of the text would begin with 10.
+        for i in range(8, 8 + number):
+            width, height = rng.integers(50, 120, size=2)
+            pixels = rng.integers(256, size=(6, 6, 3), dtype=np.uint8)
+            path = tmp_path / "images" / name / f"{i}.png"
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
+            paths.append((path, label))
+    return paths
+
+
+def batch_of(step):
+    """(epoch, images of a step): the next eight of the epoch's permutation, whose last six are left out."""
+    epoch = step // 2
+    first = step % 2 * BATCH
+    return epoch, np.random.default_rng((SEED, epoch)).permutation(22)[first : first + BATCH].tolist()
+
+
+def seed_of(step):
+    return int(np.random.SeedSequence([SEED, step, 0]).generate_state(1)[0])  # 0 is the rank
+
+
+def to_tensor(images):
+    """Pillow images -> (B,3,S,S) in [0,1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+
+
+class AdamW:
+    """Loshchilov & Hutter 2019 in float64: betas (0.9, 0.95), eps 1e-8, no decay of the weights."""
+
+    def __init__(self):
+        self.step = 0
+        self.first = {}
+        self.second = {}
+
+    def update(self, weights, gradients, lr):
+        """{name: (the weight after the step, how far from it rounding can move it)}, both in float64."""
+        self.step += 1
+        updated = {}
+        for name, g in gradients.items():
+            g = g.double()
+            self.first[name] = 0.9 * self.first.get(name, 0) + 0.1 * g
+            self.second[name] = 0.95 * self.second.get(name, 0) + 0.05 * g**2
+            m = self.first[name] / (1 - 0.9**self.step)
+            v = self.second[name] / (1 - 0.95**self.step)
+
+            # A gradient in fp32 is a sum: its error is a share of the largest. Where v is small AdamW divides
+            # that error by a small root. The weight itself is rounded, too, by up to 6e-8 of its size.
+            weight = weights[name].double() - lr * m / (v.sqrt() + 1e-8)
+            rounding = 1e-5 * v.sqrt().max() / (v.sqrt() + 1e-8)
+            updated[name] = weight, lr * rounding + 1e-7 * weight.abs() + 1e-9
+        return updated
+
+
+def gradients_of(loss, network):
+    """{name: gradient} of the weights that are trained."""
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    return dict(zip(weights, torch.autograd.grad(loss, weights.values()), strict=True))
+
+
+def norm_of(gradients):
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+def assert_updated(state, start, updated, unseen="nothing"):
+    """Compares a state dict after a step with `updated` of AdamW; the rest of it is as it was at `start`.
+
+    unseen: a pattern of weights whose gradient is rounding alone, since the network does not see them.
+    """
+    assert state.keys() == start.keys()
+    for name, value in state.items():
+        if name not in updated:
+            assert torch.equal(value, start[name]), name
+        elif not re.search(unseen, name):
+            weight, tolerance = updated[name]
+            excess = ((value.double() - weight).abs() / tolerance).max()
+            assert excess < 1, (name, float(excess))
+
+
+def assert_averaged(ema, before, state):
+    """Compares an EMA after a step with 0.9 of itself before and 0.1 of the weights; fp32 rounds at 6e-8."""
+    assert ema.keys() == before.keys() == state.keys()
+    for name, value in ema.items():
+        average = 0.9 * before[name].double() + 0.1 * state[name].double()
+        assert torch.allclose(value.double(), average, rtol=3e-7, atol=1e-8), name
+
+
+def read_run(steps):
+    """The checkpoints after each step, from 1 on, and the lines of the log."""
+    names = [f"run/{step:07d}.pt" for step in range(1, steps + 1)] + ["run/last.pt"]
+    checkpoints = [torch.load(name, map_location="cpu", weights_only=True) for name in names]
+    last = checkpoints.pop()
+    assert last["step"] == steps and all(
+        torch.equal(value, checkpoints[-1]["model"][name]) for name, value in last["model"].items()
+    )
+    with open("run/metrics.jsonl") as file:
+        log = [json.loads(line) for line in file]
+    assert [record["step"] for record in log] == list(range(1, steps + 1))
+    return checkpoints, log
+
+
+# Stage 2
+
+NETWORK = {"width": 32, "depth": 2, "heads": 2, "head_width": 64, "head_depth": 1, "head_heads": 2}
+FLOW = """--image-size 48 --encoder-size 192 --steps 3 --hold-epochs 0.25 --decay-epochs 1.25
+    --model DiT-DH-S --width 32 --depth 2 --heads 2 --head-width 64 --head-depth 1 --head-heads 2"""
+
+
+@pytest.fixture
+def moved_network(monkeypatch):
+    """dit_dh.build with all weights moved: at its own start most gradients are 0, and labels don't count."""
+    build = dit_dh.build
+
+    def build_and_move(*args, **options):
+        network = build(*args, **options)
+        generator = torch.Generator().manual_seed(1)
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+        return network
+
+    monkeypatch.setattr(dit_dh, "build", build_and_move)
+
+
+def center_crop(path, size):
+    """ADM's crop: halves while that leaves `size` pixels, then the short side to `size`, then the centre."""
+    image = Image.open(path)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    width, height = (round(side * size / min(image.size)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+@pytest.mark.parametrize("variant", ["images", "cache"])
+def test_three_steps_of_stage_2(paths, moved_network, variant):
+    """Images: the formula's shift, logit-normal times. Cache: shift 3, uniform times, x, with a base."""
+    if variant == "images":
+        flags = f"{COMMON} {FLOW} --clip 0.5"
+    else:
+        flags = f"{COMMON} {FLOW} --cache-latents --shift 3 --time-dist uniform --prediction x --base-depth 1"
+    flow_train.main(flags.split())
+    checkpoints, log = read_run(steps=3)
+
+    # Latents (22,2,64,12,12) of all images and of their mirrors
+    encoder = Encoder("test_vit", encoder_size=192, weights="random")
+    images = [center_crop(path, 48) for path, _ in paths]
+    mirrors = [ImageOps.mirror(image) for image in images]
+    latents = torch.stack([encoder(to_tensor(images)), encoder(to_tensor(mirrors))], dim=1)
+    views = latents.double().numpy().reshape(44, 64, 12, 12)
+    mean = views.mean(axis=0)
+    var = views.var(axis=0)
+    assert np.allclose(checkpoints[-1]["mean"], mean, rtol=1e-6, atol=1e-6)
+    assert np.allclose(checkpoints[-1]["var"], var, rtol=1e-6, atol=1e-6)
+
+    # 64 channels and 144 positions: sqrt(9216 / 4096) = 1.5
+    shift = 1.5 if variant == "images" else 3.0
+    base_depth = None if variant == "images" else 1
+    config = checkpoints[-1]["config"]
+    assert config["latent_shape"] == [64, 12, 12] and config["classes"] == list(CLASSES)
+    assert config["shift"] == shift and config["image_size"] == 48 and config["encoder_size"] == 192
+    assert config["prediction"] == ("v" if variant == "images" else "x")
+    assert config["base_depth"] == base_depth and config["sizes"] == NETWORK
+
+    # A network that predicts v gives its plain output, and in eval mode drops no labels: the test does both.
+    torch.manual_seed(SEED)
+    network = dit_dh.build("DiT-DH-S", (64, 12, 12), 3, base_depth=base_depth, **NETWORK).eval()
+    start = copy.deepcopy(network.state_dict())
+    states = [start] + [checkpoint["model"] for checkpoint in checkpoints]
+    emas = [start] + [checkpoint["ema"] for checkpoint in checkpoints]
+    optimizer = AdamW()
+
+    for step in range(3):
+        # Each step starts where the command's own step did, so that rounding does not add up.
+        network.load_state_dict(states[step])
+
+        # Data: of each image or its mirror, by the draw of (seed, epoch, image)
+        epoch, batch = batch_of(step)
+        mirrored = [int(np.random.default_rng((SEED, epoch, i)).random() < 0.5) for i in batch]
+        z = latents[batch, mirrored].double().numpy()
+        x = torch.from_numpy((z - mean) / np.sqrt(var + 1e-5)).float()  # (8,64,12,12)
+        y = torch.tensor([paths[i][1] for i in batch])
+
+        # The draws of a step: times, noise, dropped labels
+        torch.manual_seed(seed_of(step))
+        t = torch.randn(BATCH).sigmoid() if variant == "images" else torch.rand(BATCH)
+        t = shift * t / (1 + (shift - 1) * t)
+        eps = torch.randn(x.shape)
+        dropped = torch.rand(BATCH) < 0.1
+        y = torch.where(dropped, 3, y)
+        if step == 0:
+            assert dropped.any()  # the seed is chosen so
+
+        # Loss: the squared error of the velocity, or of what a network that predicts x implies
+        t_x = t[:, None, None, None]
+        x_t = (1 - t_x) * x + t_x * eps
+        if variant == "images":
+            loss = (network(x_t, t, y) - (eps - x)).square().mean()
+        else:
+            target = (x_t - x) / t_x.clamp(min=0.05)
+            outputs = network(x_t, t, y, with_base=True)
+            full, base = ((x_t - output) / t_x.clamp(min=0.05) for output in outputs)
+            loss = (full - target).square().mean() + (base - target).square().mean()
+
+        # Clipped gradients; the learning rate is held for half a step and reaches its end at 2.5 steps.
+        gradients = gradients_of(loss, network)
+        norm = norm_of(gradients)
+        clip = 0.5 if variant == "images" else 1.0
+        assert norm > 1.2 * clip
+        gradients = {name: gradient * clip / norm for name, gradient in gradients.items()}
+        lr = (1e-3, 1e-3 - 6e-4 * 0.5 / 2, 1e-3 - 6e-4 * 1.5 / 2)[step]
+        updated = optimizer.update(states[step], gradients, lr)
+        assert_updated(states[step + 1], start, updated)
+        assert_averaged(emas[step + 1], emas[step], states[step + 1])
+
+        record = log[step]
+        assert record["loss"] == pytest.approx(loss.item(), rel=2e-6)
+        assert record["gradient_norm"] == pytest.approx(norm, rel=2e-6)
+        assert record["lr"] == pytest.approx(lr, rel=1e-9)
+
+
+# Stage 1
+
+DECODER = """--image-size 16 --encoder-size 64 --patch-size 4 --decoder ViT-mini --steps 4 --warmup-epochs 1
+    --noise-tau 0.6 --lpips-weight 0.5 --lpips-weights vgg.pt"""
+GAN = """--gan-weight 0.75 --disc-weights random --disc-start 0.5 --gan-start 1 --noise-law half-normal"""
+
+
+@pytest.fixture
+def small_networks(paths, monkeypatch):
+    """A small decoder, VGG-16 without its classifier (seconds to draw) in a file, a DINO of 49 tokens."""
+    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-mini", (32, 2, 2, 48))
+
+    torch.manual_seed(2)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    network = torch.nn.ModuleDict({"features": layers})
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: copy.deepcopy(network))
+    torch.save(network.state_dict(), "vgg.pt")
+
+    create = timm.create_model
+
+    def create_small(name, **options):
+        if "dino" in name:
+            options |= {"patch_size": 32, "embed_dim": 48, "num_heads": 3}
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+
+
+def random_crop(path, size, rng):
+    """The short side to 1.5 sizes, then a window: its left side is drawn first, then its top."""
+    image = Image.open(path)
+    short = int(1.5 * size)
+    width, height = image.size
+    if width < height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = rng.integers(width - size + 1)
+    top = rng.integers(height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def test_four_steps_of_stage_1(paths, small_networks):
+    rae_decoder_train.main(f"{COMMON} {DECODER} --gan-weight 0".split())
+    check_stage_1(paths, disc=None)
+
+
+def test_four_steps_of_stage_1_with_the_gan(paths, small_networks, monkeypatch):
+    """The discriminator learns from step 1 on, the decoder from it from step 2 on."""
+    original = rae_decoder_train.Discriminator
+    starts = []
+
+    def keep_start(*args, **options):
+        disc = original(*args, **options)
+        starts.append(copy.deepcopy(disc))
+        return disc
+
+    monkeypatch.setattr(rae_decoder_train, "Discriminator", keep_start)
+    rae_decoder_train.main(f"{COMMON} {DECODER} {GAN}".split())
+    check_stage_1(paths, starts[0])
+
+
+def check_stage_1(paths, disc):
+    checkpoints, log = read_run(steps=4)
+    encoder = Encoder("test_vit", encoder_size=64, weights="random")
+    mean, std = (moment.flatten().tolist() for moment in (encoder.mean, encoder.std))
+    config = checkpoints[-1]["config"]
+    assert config["latent_shape"] == [64, 4, 4]
+    assert config["image_size"] == 16 and config["encoder_size"] == 64
+    assert config["noise_tau"] == 0.6 and config["noise_law"] == ("half-normal" if disc else "uniform")
+
+    # The start, and LPIPS with the weights of the file
+    torch.manual_seed(SEED)
+    decoder = rae_decoder_train.Decoder("ViT-mini", channels=64, grid=4, patch_size=4, mean=mean, std=std)
+    # In this layout convolutions round as the command's do: gradients of the two layouts differ by 1e-4.
+    perceptual = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(memory_format=torch.channels_last)
+    layers = torch.load("vgg.pt", weights_only=True)
+    names = {name: "features." + name.split(".", 1)[1] for name in perceptual.net.state_dict()}
+    perceptual.net.load_state_dict({name: layers[other] for name, other in names.items()})
+    start = copy.deepcopy(decoder.state_dict())
+    states = [start] + [checkpoint["model"] for checkpoint in checkpoints]
+    emas = [start] + [checkpoint["ema"] for checkpoint in checkpoints]
+    optimizer = AdamW()
+    if disc:
+        disc_states = [copy.deepcopy(disc.heads.state_dict())]
+        disc_states += [checkpoint["disc"] for checkpoint in checkpoints]
+        disc_optimizer = AdamW()
+
+    for step in range(4):
+        # Each step starts where the command's own step did, so that rounding does not add up.
+        decoder.load_state_dict(states[step])
+        if disc:
+            disc.heads.load_state_dict(disc_states[step])
+
+        # Data: a crop by the draws of (seed, epoch, image)
+        epoch, batch = batch_of(step)
+        crops = [random_crop(paths[i][0], 16, np.random.default_rng((SEED, epoch, i))) for i in batch]
+        x = to_tensor(crops)
+        z = encoder(x)  # (8,64,4,4)
+
+        # The draws of a step: strength of the noise, noise, augmentation; then those of the discriminator
+        torch.manual_seed(seed_of(step))
+        draw = torch.randn if disc else torch.rand
+        sigma = 0.6 * draw(BATCH, 1, 1, 1).abs()
+        noisy = z + sigma * torch.randn_like(z)  # in the order of z's memory: token by token
+        u = torch.rand(BATCH, 5)
+
+        xhat = decoder(noisy)
+        l1 = (xhat - x).abs().mean()
+        distance = perceptual(2 * xhat - 1, 2 * x - 1).mean()
+        loss = l1 + 0.5 * distance
+        expected = {"l1": l1, "lpips": distance}
+        if disc and step >= 2:
+            disc.eval()
+            gan = -disc(rae_decoder_train.diff_augment(2 * xhat - 1, u)).mean()
+            last = [decoder.decoder_pred.weight]
+            slopes = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, gan)]
+            weight = slopes[0] / (slopes[1] + 1e-6)
+            loss = loss + 0.75 * weight * gan
+            expected |= {"gan": gan, "lambda": weight}
+        expected["loss"] = loss
+
+        # No clipping. Warm-up over the two steps of an epoch, then a cosine over the other two
+        gradients = gradients_of(loss, decoder)
+        norm = norm_of(gradients)
+        lr = (5e-4, 1e-3, 1e-3, 7e-4)[step]
+        updated = optimizer.update(states[step], gradients, lr)
+        # The softmax does not see the keys' bias.
+        assert_updated(states[step + 1], start, updated, unseen="key.bias")
+        assert_averaged(emas[step + 1], emas[step], states[step + 1])
+
+        # Fakes of the decoder as it now is, from latents without noise, in 256 levels
+        if disc and step >= 1:
+            v = torch.rand(BATCH, 2, 5)
+            disc.train()
+            decoder.load_state_dict(states[step + 1])
+            with torch.no_grad():
+                fake = (decoder(z).clamp(0, 1) * 255).round() / 255
+            both = 2 * torch.cat([x, fake]) - 1
+            logits = disc(rae_decoder_train.diff_augment(both, torch.cat([v[:, 0], v[:, 1]])))
+            hinge = 0.5 * (relu(1 - logits[:BATCH]).mean() + relu(1 + logits[BATCH:]).mean())
+            # It has its own count of steps, so it warms up in steps 1 and 2.
+            updated = disc_optimizer.update(
+                disc_states[step], gradients_of(hinge, disc.heads), (None, 5e-4, 1e-3, 1e-3)[step]
+            )
+            # Spectral norm has iterated once; the norm behind a convolution takes away what its bias adds.
+            assert_updated(disc_states[step + 1], disc.heads.state_dict(), updated, unseen=r"[01]\.0\.bias")
+            expected["disc"] = hinge
+
+        record = log[step]
+        others = {"step", "time", "images_per_s", "skipped", "lr", "gradient_norm"}
+        assert record.keys() - others == expected.keys()
+        for name, value in expected.items():
+            assert record[name] == pytest.approx(value.item(), rel=5e-6), name
+        assert record["gradient_norm"] == pytest.approx(norm, rel=5e-6)
+        assert record["lr"] == pytest.approx(lr, rel=1e-9)
+
+
+# The recipes, as the papers and the released configurations have them
+
+STAGE_2 = {
+    "encoder": "dinov2-base",
+    "encoder_size": None,
+    "layers": None,
+    "model": "DiT-DH-XL",
+    "prediction": "v",
+    "base_depth": None,
+    "time_dist": "logit-normal",
+    "shift": None,
+    "stats_images": 50_000,
+    "batch_size": 1024,
+    "epochs": 1400,
+    "steps": None,
+    "lr": 2e-4,
+    "hold_epochs": 40,
+    "decay_epochs": 800,
+    "final_lr": 2e-5,
+    "clip": 1.0,
+    "ema": 0.9995,
+}
+STAGE_1 = {
+    "encoder": "dinov2-base",
+    "encoder_size": None,
+    "layers": None,
+    "decoder": "ViT-XL",
+    "noise_tau": 0.8,
+    "noise_law": "uniform",
+    "lpips_weight": 1.0,
+    "lpips_weights": "hub",
+    "gan_weight": 0.75,
+    "disc_weights": None,
+    "disc_start": 6,
+    "gan_start": 8,
+    "batch_size": 512,
+    "epochs": 16,
+    "steps": None,
+    "lr": 2e-4,
+    "warmup_epochs": 1,
+    "final_lr": 2e-5,
+    "ema": 0.9978,
+}
+# Singh et al. 2026: seven layers of DINOv3-L, x-prediction with a base after block 8, 80 epochs
+RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}
+RAEV2_STAGE_2 = {"prediction": "x", "base_depth": 8, "epochs": 80, "hold_epochs": 25, "decay_epochs": 50}
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "recipe", "shift"),
+    [
+        ("imagenet256", 256, STAGE_2, (768 * 16 * 16 / 4096) ** 0.5),  # 6.93
+        ("imagenet512", 512, STAGE_2, (768 * 32 * 32 / 4096) ** 0.5),  # 13.86
+        ("raev2", 256, STAGE_2 | RAEV2 | RAEV2_STAGE_2, 8.0),
+    ],
+)
+def test_the_recipe_of_stage_2(preset, size, recipe, shift):
+    args = flow_train.parse_args(["--preset", preset, "--data", "x"])
+    assert {name: getattr(args, name) for name in recipe} == recipe and args.image_size == size
+    channels = 1024 if preset == "raev2" else 768
+    assert flow_train.default_shift([channels, size // 16, size // 16]) == pytest.approx(shift, rel=1e-12)
+
+    # 1,281,167 images are 1,251 batches of 1,024.
+    steps_per_epoch, steps = flow_train.plan_steps(1_281_167, args, world=8)
+    hold, decay = flow_train.milestones(args, steps_per_epoch, steps)
+    expected = [1251 * recipe[name] for name in ("epochs", "hold_epochs", "decay_epochs")]
+    assert steps_per_epoch == 1251 and [steps, hold, decay] == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "recipe"),
+    [("imagenet256", 256, STAGE_1), ("imagenet512", 512, STAGE_1), ("raev2", 256, STAGE_1 | RAEV2)],
+)
+def test_the_recipe_of_stage_1(preset, size, recipe):
+    args = rae_decoder_train.parse_args(["--preset", preset, "--data", "x"])
+    assert {name: getattr(args, name) for name in recipe} == recipe and args.image_size == size
+
+    # 1,281,167 images are 2,502 batches of 512.
+    steps_per_epoch, steps = rae_decoder_train.plan_steps(1_281_167, args, world=8)
+    assert (steps_per_epoch, steps) == (2502, 16 * 2502)
+    assert rae_decoder_train.milestones(args, steps_per_epoch, steps) == (2502, 6 * 2502, 8 * 2502)
+
+
+def heads_of(network, *inputs):
+    """The number of heads in each attention of a network on the meta device."""
+    calls = []
+
+    def attention(q, k, v):
+        calls.append(q.shape[1])
+        return v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        network(*inputs)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads", "mlp"),
+    [
+        ("ViT-S", 384, 12, 6, 1536),
+        ("ViT-B", 768, 12, 12, 3072),
+        ("ViT-L", 1024, 24, 16, 4096),
+        ("ViT-XL", 1152, 28, 16, 4096),
+    ],
+)
+def test_sizes_of_the_decoders(name, width, depth, heads, mlp):
+    # A change of heads changes no shape: a released file would load and decode wrongly.
+    with torch.device("meta"):
+        decoder = rae_decoder_train.Decoder(name, 768, 16, 16, mean=[0.5] * 3, std=[0.5] * 3)
+        calls = heads_of(decoder, torch.empty(2, 768, 16, 16))
+    state = decoder.state_dict()
+    assert calls == [heads] * depth
+    assert state["decoder_layers.0.intermediate.dense.weight"].shape == (mlp, width)
+    assert state["decoder_pred.weight"].shape == (16 * 16 * 3, width)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "depth", "heads"),
+    [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
+)
+@pytest.mark.parametrize("family", ["DiT", "DiT-DH"])
+def test_sizes_of_the_velocity_networks(family, size, width, depth, heads):
+    with torch.device("meta"):
+        network = dit_dh.build(f"{family}-{size}", (768, 16, 16), 1000).eval()
+        inputs = torch.empty(2, 768, 16, 16), torch.empty(2), torch.zeros(2, dtype=torch.int64)
+        calls = heads_of(network, *inputs)
+    blocks = [block.norm1.weight.shape[0] for block in network.blocks]
+    head = 2 if family == "DiT-DH" else 0
+    assert blocks == [width] * depth + [2048] * head
+    assert calls == [heads] * depth + [16] * head
