@@ -1,7 +1,7 @@
-"""Training steps of both commands by hand: from a folder of images to last.pt and the log.
+"""Commands by hand: training steps from images to last.pt and the log, samples from checkpoints to PNGs.
 
 The formulas of the scripts are tested one by one elsewhere. These tests see the lines that join them: order,
-crops, seeds, statistics, noise, times, losses, AdamW, learning rate and EMA, each written once more here.
+crops, seeds, statistics, noise, times, losses, AdamW, learning rate, EMA, guidance, each written once more.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch.nn.functional import relu
 import dit_dh
 import flow_train
 import rae_decoder_train
+import sample
 from rae_encoder import Encoder
 
 SEED = 8
@@ -32,7 +33,7 @@ COMMON = f"""--preset imagenet256 --data images --seed {SEED} --batch-size {BATC
     --log-every 1 --save-every 1 --keep-every 1 --preview-every 0 --out run"""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def plain_kernels():
     """One thread, which small networks are fastest on, and the attention that the trainings use on a CPU."""
     threads = torch.get_num_threads()
@@ -42,22 +43,26 @@ def plain_kernels():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def paths(tmp_path, monkeypatch):
-    """A working folder with 22 images in three classes; (path, class) of each, in the order of the data."""
-    monkeypatch.chdir(tmp_path)
+def draw_images(folder):
+    """Draws 22 images in three classes; returns (path, class) of each, in the order of the data."""
     rng = np.random.default_rng(1)
     paths = []
     for label, (name, number) in enumerate(CLASSES.items()):
-        (tmp_path / "images" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         # Numbers by value: 8, 9, 10, 11 in the order of the text would begin with 10.
         for i in range(8, 8 + number):
             width, height = rng.integers(50, 120, size=2)
             pixels = rng.integers(256, size=(6, 6, 3), dtype=np.uint8)
-            path = tmp_path / "images" / name / f"{i}.png"
+            path = folder / "images" / name / f"{i}.png"
             Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
             paths.append((path, label))
     return paths
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return draw_images(tmp_path)
 
 
 def batch_of(step):
@@ -153,8 +158,8 @@ def read_run(steps):
 # Stage 2
 
 NETWORK = {"width": 32, "depth": 2, "heads": 2, "head_width": 64, "head_depth": 1, "head_heads": 2}
-FLOW = """--image-size 48 --encoder-size 192 --steps 3 --hold-epochs 0.25 --decay-epochs 1.25
-    --model DiT-DH-S --width 32 --depth 2 --heads 2 --head-width 64 --head-depth 1 --head-heads 2"""
+MODEL = "--model DiT-DH-S --width 32 --depth 2 --heads 2 --head-width 64 --head-depth 1 --head-heads 2"
+FLOW = f"{MODEL} --image-size 48 --encoder-size 192 --steps 3 --hold-epochs 0.25 --decay-epochs 1.25"
 
 
 @pytest.fixture
@@ -261,18 +266,19 @@ def test_three_steps_of_stage_2(paths, moved_network, variant):
         assert norm > 1.2 * clip
         gradients = {name: gradient * clip / norm for name, gradient in gradients.items()}
         lr = (1e-3, 1e-3 - 6e-4 * 0.5 / 2, 1e-3 - 6e-4 * 1.5 / 2)[step]
-        updated = optimizer.update(states[step], gradients, lr)
-        assert_updated(states[step + 1], start, updated)
-        assert_averaged(emas[step + 1], emas[step], states[step + 1])
-
         record = log[step]
         assert record["loss"] == pytest.approx(loss.item(), rel=2e-6)
         assert record["gradient_norm"] == pytest.approx(norm, rel=2e-6)
         assert record["lr"] == pytest.approx(lr, rel=1e-9)
 
+        updated = optimizer.update(states[step], gradients, lr)
+        assert_updated(states[step + 1], start, updated)
+        assert_averaged(emas[step + 1], emas[step], states[step + 1])
+
 
 # Stage 1
 
+SMALL_VIT = (32, 2, 2, 48)
 DECODER = """--image-size 16 --encoder-size 64 --patch-size 4 --decoder ViT-mini --steps 4 --warmup-epochs 1
     --noise-tau 0.6 --lpips-weight 0.5 --lpips-weights vgg.pt"""
 GAN = """--gan-weight 0.75 --disc-weights random --disc-start 0.5 --gan-start 1 --noise-law half-normal"""
@@ -281,13 +287,15 @@ GAN = """--gan-weight 0.75 --disc-weights random --disc-start 0.5 --gan-start 1 
 @pytest.fixture
 def small_networks(paths, monkeypatch):
     """A small decoder, VGG-16 without its classifier (seconds to draw) in a file, a DINO of 49 tokens."""
-    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-mini", (32, 2, 2, 48))
+    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-mini", SMALL_VIT)
 
     torch.manual_seed(2)
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
     network = torch.nn.ModuleDict({"features": layers})
     monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: copy.deepcopy(network))
-    torch.save(network.state_dict(), "vgg.pt")
+    # The file has other weights than an untrained network: all of them larger.
+    weights = {name: 1.2 * value for name, value in network.state_dict().items()}
+    torch.save(weights, "vgg.pt")
 
     create = timm.create_model
 
@@ -430,6 +438,194 @@ def check_stage_1(paths, disc):
         assert record["lr"] == pytest.approx(lr, rel=1e-9)
 
 
+# Samples and reconstructions
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of images and checkpoints of both trainings, whose networks are random; (path, class)s."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(rae_decoder_train.DECODERS, "ViT-mini", SMALL_VIT)
+        paths = draw_images(folder)
+        short = COMMON + " --image-size 16 --encoder-size 64 --steps 1"
+        rae_decoder_train.main(
+            f"{short} --decoder ViT-mini --patch-size 4 --gan-weight 0 --lpips-weight 0".split()
+        )
+        decoder = torch.load("run/last.pt", weights_only=True)
+        flow_train.main(f"{short} {MODEL} --base-depth 1 --shift 2 --out flow".split())
+        flow = torch.load("flow/last.pt", weights_only=True)
+
+        # The EMA is what counts, so that the weights beside it are of no use.
+        for name in decoder["model"]:
+            decoder["model"][name] = torch.zeros_like(decoder["model"][name])
+        torch.save(decoder, "decoder.pt")
+        torch.save(decoder["ema"], "bare.pt")
+
+        # Two flows of random weights; one is the weak network
+        for seed, path in ((1, "flow.pt"), (2, "weak.pt")):
+            torch.manual_seed(seed)
+            for name, value in flow["ema"].items():
+                if not re.search("rope|pos_embed|[.]W$", name):
+                    flow["ema"][name] = value + 0.1 * torch.randn_like(value)
+                flow["model"][name] = torch.zeros_like(value)
+            torch.save(flow, path)
+        mean = torch.randn(64, 4, 4)
+        torch.save({"mean": mean, "var": mean.square() + 0.5}, "stats.pt")
+        yield paths
+
+
+def noise_of(seed, i, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_000 + i))
+
+
+@torch.no_grad()
+def samples_by_hand(
+    number=4,
+    seed=0,
+    steps=50,
+    solver="euler",
+    shift=2.0,
+    t_end=0.0,
+    scale=1.0,
+    interval=(0.0, 1.0),
+    internal=None,
+    weak=None,
+    classes=(0, 1, 2),
+    stats="flow.pt",
+    pixels=(0.5, 0.5),
+    bf16=False,
+):
+    """Images (number,16,16,3), uint8, of flow.pt and decoder.pt."""
+    networks = {}
+    for path in ("flow.pt", "weak.pt"):
+        networks[path] = dit_dh.build("DiT-DH-S", (64, 4, 4), 3, base_depth=1, **NETWORK).eval()
+        networks[path].load_state_dict(torch.load(path, weights_only=True)["ema"])
+    decoder = rae_decoder_train.Decoder("ViT-mini", 64, 4, 4, [pixels[0]] * 3, [pixels[1]] * 3)
+    decoder.load_state_dict(torch.load("bare.pt", weights_only=True))
+    moments = torch.load(stats, weights_only=True)
+
+    def velocity_of(path, x, t, y, strength):
+        v, base = networks[path](x, torch.full([number], t), y, with_base=True)
+        return base.float() + strength * (v.float() - base.float())
+
+    def velocity(x, t):
+        inside = interval[0] <= t <= interval[1]
+        strength = internal if internal and inside else 1.0
+        v = velocity_of("flow.pt", x, t, labels, strength)
+        if scale == 1 or not inside:
+            return v
+        null = torch.full([number], 3)
+        base = velocity_of(weak, x, t, labels, 1.0) if weak else velocity_of("flow.pt", x, t, null, strength)
+        return base + scale * (v - base)
+
+    labels = torch.tensor([classes[i % len(classes)] for i in range(number)])
+    times = np.linspace(1, t_end, steps + 1)
+    times = (shift * times / (1 + (shift - 1) * times)).tolist()
+    x = torch.stack([noise_of(seed, i, (64, 4, 4)) for i in range(number)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for k, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            v = velocity(x, t)
+            # The last interval is Euler's, since no network is trained at t = 0.
+            if solver == "heun" and k < steps - 1:
+                v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
+            x = x + (t_next - t) * v
+        return to_bytes(decoder(x * (moments["var"] + 1e-5).sqrt() + moments["mean"]))
+
+
+def to_bytes(images):
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def assert_images(folder, expected):
+    """Compares PNGs with arrays: rounding in fp32 can move a value over the half of a level, but rarely."""
+    files = sorted(folder.glob("*.png"))
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(len(expected))]
+    images = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    assert images.std() > 20  # neither grey nor clipped to one colour
+    assert abs(images - expected).max() <= 1 and (images != expected).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("-n 4", {}),
+        ("-n 5 --seed 3 --steps 3 --batch-size 2", {"number": 5, "seed": 3, "steps": 3}),
+        ("-n 4 --steps 4 --shift 3 --t-end 0.1", {"steps": 4, "shift": 3.0, "t_end": 0.1}),
+        ("-n 4 --steps 3 --solver heun --classes b,0", {"steps": 3, "solver": "heun", "classes": (2, 0)}),
+        (
+            "-n 4 --steps 5 --cfg 1.7 --guidance-interval 0.4 0.8",
+            {"steps": 5, "scale": 1.7, "interval": (0.4, 0.8)},
+        ),
+        (
+            "-n 4 --steps 5 --cfg 1.5 --autoguide weak.pt --guidance-interval 0.4 0.8",
+            {"steps": 5, "scale": 1.5, "weak": "weak.pt", "interval": (0.4, 0.8)},
+        ),
+        (
+            "-n 4 --steps 5 --internal-guidance 1.78 --guidance-interval 0.4 0.8",
+            {"steps": 5, "internal": 1.78, "interval": (0.4, 0.8)},
+        ),
+        ("-n 4 --steps 4 --internal-guidance --cfg 1.6", {"steps": 4, "internal": 1.6}),
+        (
+            "-n 4 --steps 4 --internal-guidance 1.3 --cfg 1.6",
+            {"steps": 4, "internal": 1.3, "scale": 1.6},
+        ),
+        ("-n 4 --steps 4 --stats stats.pt", {"steps": 4, "stats": "stats.pt"}),
+        ("-n 4 --steps 4 --decoder bare.pt --encoder test_vit", {"steps": 4}),
+        (
+            "-n 4 --steps 4 --decoder bare.pt --encoder test_vit --raw-pixels",
+            {"steps": 4, "pixels": (0.0, 1.0)},
+        ),
+        ("-n 4 --steps 4 --precision bf16", {"steps": 4, "bf16": True}),
+    ],
+)
+def test_samples_by_hand(trained, tmp_path, monkeypatch, flags, options):
+    """Each flag of sample.py reaches the pixels."""
+    expected = samples_by_hand(**options)
+    # Without any one of the flags the images would be others.
+    for other in options.keys() - {"number"}:
+        rest = {name: value for name, value in options.items() if name != other}
+        assert (samples_by_hand(**rest) != expected).mean() > 0.05, other
+    precision = "" if "bf16" in options else "--precision fp32"
+    files = "--flow flow.pt --decoder decoder.pt"
+    sample.main(f"{files} --out {tmp_path}/out --device cpu --workers 0 {precision} {flags}".split())
+    assert_images(tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers", "number", "sigma", "seed"),
+    [
+        ("--decoder decoder.pt", None, 22, 0.0, 0),
+        ("--decoder decoder.pt -n 5 --latent-noise 0.5 --seed 3", None, 5, 0.5, 3),
+        (
+            "--decoder bare.pt --encoder test_vit --encoder-weights random --layers 1,3 -n 5",
+            [1, 3],
+            5,
+            0.0,
+            0,
+        ),
+    ],
+)
+def test_reconstructions_by_hand(trained, tmp_path, capsys, flags, layers, number, sigma, seed):
+    """Some of the images, drawn evenly, through encoder and decoder; the PSNR is of just these."""
+    flags = f"--reconstruct images --out {tmp_path}/out --device cpu --workers 0 --batch-size 3 {flags}"
+    sample.main(flags.split())
+    encoder = Encoder("test_vit", encoder_size=64, weights="random", layers=layers)
+    decoder = rae_decoder_train.Decoder("ViT-mini", 64, 4, 4, [0.5] * 3, [0.5] * 3)
+    decoder.load_state_dict(torch.load("bare.pt", weights_only=True))
+    originals = to_tensor([center_crop(trained[i * 22 // number][0], 16) for i in range(number)])
+    with torch.no_grad():
+        z = encoder(originals)
+        z = z + sigma * torch.stack([noise_of(seed, i, (64, 4, 4)) for i in range(number)])
+        expected = to_bytes(decoder(z))
+    assert_images(tmp_path / "out", expected)
+    errors = np.square(expected.astype(float) - to_bytes(originals)).mean(axis=(1, 2, 3))
+    psnr = np.mean(10 * np.log10(255**2 / errors))
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["psnr"] == pytest.approx(psnr, abs=1e-3) and record["images"] == number
+
+
 # The recipes, as the papers and the released configurations have them
 
 STAGE_2 = {
@@ -561,3 +757,19 @@ def test_sizes_of_the_velocity_networks(family, size, width, depth, heads):
     head = 2 if family == "DiT-DH" else 0
     assert blocks == [width] * depth + [2048] * head
     assert calls == [heads] * depth + [16] * head
+
+
+def test_the_recipes_of_sampling():
+    """The released files, 50,000 images for FID, and the paper's scales of AutoGuidance."""
+    for size, scale in ((256, 1.42), (512, 1.5)):
+        preset = ["--preset", f"imagenet{size}"]
+        args = sample.parse_args(preset)
+        assert args.flow.startswith(
+            f"hub:nyu-visionx/RAE-collections/DiTs/Dinov2/wReg_base/ImageNet{size}/DiTDH-XL"
+        )
+        suffix = "" if size == 256 else "_i512"
+        decoder = f"hub:nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08{suffix}/model.pt"
+        assert args.decoder == decoder and args.num == 50_000 and args.cfg is None and args.steps is None
+        assert sample.parse_args([*preset, "--autoguide"]).cfg == scale
+    args = sample.parse_args(["--preset", "raev2"])
+    assert args.raw_pixels and args.layers == RAEV2["layers"] and args.num == 50_000
