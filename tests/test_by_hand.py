@@ -345,8 +345,8 @@ def test_four_steps_of_stage_1(paths, small_networks):
             images = (decoder(encoder(originals)).clamp(0, 1) * 255).round() / 255
             distances = perceptual(2 * images - 1, 2 * originals - 1)
         psnr = -10 * (images - originals).square().mean((1, 2, 3)).log10()
-        assert record["eval_psnr"] == pytest.approx(psnr.mean().item(), abs=1e-3)
-        assert record["eval_lpips"] == pytest.approx(distances.mean().item(), rel=1e-3)
+        assert record["eval_psnr"] == pytest.approx(psnr.mean().item(), abs=1e-5)
+        assert record["eval_lpips"] == pytest.approx(distances.mean().item(), rel=1e-5)
 
     # Eight of them, drawn evenly, over their reconstructions by the EMA
     decoder.load_state_dict(checkpoints[2]["ema"])
