@@ -1,35 +1,32 @@
 """Stage 2 of RAE: train a velocity network by flow matching in the latent space of the frozen encoder.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 4, 5.
-Images are encoded as training goes, or once for all; times are shifted by the latents' size (section 4.2).
+Images are encoded as training goes, or once and for all (--cache-latents). Data, encoder and image size come
+from the decoder's checkpoint, runs/decoder/last.pt or --decoder, where flags don't say otherwise.
 
-    torchrun flow_train.py                        # the demo, after rae_decoder_train.py: two minutes on a CPU
-    torchrun flow_train.py --data my_images --decoder runs/decoder/last.pt
+    torchrun flow_train.py                        # after rae_decoder_train.py, on the same images
+    python flow_train.py --decoder runs/mine/decoder/last.pt --out runs/mine/flow
     torchrun --nproc_per_node 8 flow_train.py --preset imagenet256 --data imagenet/train --decoder decoder.pt
 
-Letters in shapes: B batch, C token width, G tokens a side. t in [0,1]: t=0 is data, t=1 is noise.
+Letters in shapes: B batch, C token width, G tokens a side, V views of an image (it and its mirror).
+t in [0,1]: t=0 is data, t=1 is noise.
 """
 
 import argparse
 import copy
-import importlib.util
-import json
 import math
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dit_dh
@@ -40,43 +37,28 @@ from rae_encoder import (
     SMALL,
     Encoder,
     ImageData,
-    amount,
-    check_pair,
-    compile_blocks,
-    count,
-    difference,
+    check_same,
     encode_views,
     even_order,
     exact_fp32,
-    fraction,
     is_mirrored,
     latent_statistics,
     load_images,
     load_statistics,
-    local_file,
-    positive,
+    non_negative_float,
+    positive_float,
+    positive_int,
     read_weights,
-    reason,
     training_order,
     write_file,
+    write_log,
 )
 
-FORMAT = "rae-flow/1"  # of the checkpoints
-MODELS = [f"{family}-{size}" for family in ("DiT", "DiT-DH") for size in dit_dh.SIZES]
-SIZES = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
-# What differs from the flags' own defaults, which are the released recipe's.
+# Presets list only what differs from the flag defaults; those are the released recipe.
 PRESETS = {
     "demo": DEMO
     | {
-        "decoder": "runs/decoder/last.pt",
-        "model": "DiT-DH-S",
-        # 2 M parameters, as wide as its 64 channels demand
-        "width": 128,
-        "depth": 4,
-        "heads": 4,
-        "head_width": 128,
-        "head_depth": 2,
-        "head_heads": 4,
+        "model": "DiT-DH-mini",
         "batch_size": 64,
         # A minute or two on two cores
         "epochs": 26,
@@ -89,16 +71,9 @@ PRESETS = {
         "preview_every": 0,
         "save_every": 200,
     },
-    # 21 M parameters: a token has 384 channels, so the head has more (section 4.1).
     "small": SMALL
     | {
-        "model": "DiT-DH-S",
-        "width": 384,
-        "depth": 4,
-        "heads": 6,
-        "head_width": 512,
-        "head_depth": 2,
-        "head_heads": 8,
+        "model": "DiT-DH-XS",  # a token has 384 channels, so the head has more (section 4.1)
         "prediction": "x",  # in a short training the better samples
         "batch_size": 8,  # many small steps, for the same reason
         "steps": 2000,  # 23 minutes on two cores in fp32
@@ -110,79 +85,17 @@ PRESETS = {
         "preview_every": 500,
         "save_every": 250,
     },
-    # Micro-batches that eight GPUs of 80 GB hold in fp32 too: at most 8192 tokens each.
+    # Eight GPUs of 80 GB hold these micro-batches in fp32 too: at most 8192 tokens each.
     "imagenet256": {"epochs": 1400, "accum": 4},
     "imagenet512": {"epochs": 1400, "accum": 16, "image_size": 512},
     "raev2": RAEV2
     | {"prediction": "x", "base_depth": 8, "epochs": 80, "hold_epochs": 25, "decay_epochs": 50, "accum": 4},
 }
+FORMAT = "rae-flow/1"  # of the checkpoints
+DECODER = "runs/decoder/last.pt"  # where stage 1 leaves its checkpoint by default
 
 
-def parse_args(argv=None):
-    parser, training = rae_encoder.training_parser(__doc__, PRESETS)
-    parser.set_defaults(batch_size=1024, out="runs/flow", preview_every=10_000)
-    add = training.add_argument
-    add("--ema", type=fraction, default=0.9995, help="decay of the averaged weights, a step (%(default)s)")
-    add(
-        "--hold-epochs",
-        type=amount,
-        default=40,
-        help="of the first learning rate (%(default)s; small: half the run)",
-    )
-    add(
-        "--decay-epochs",
-        type=positive,
-        default=800,
-        help="when its decay ends (%(default)s; small: with the run)",
-    )
-    add("--clip", type=amount, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
-    add(
-        "--time-dist",
-        choices=["logit-normal", "uniform"],
-        default="logit-normal",
-        help="of t before the shift: released, paper (%(default)s)",
-    )
-    add("--shift", type=positive, help="of the times; 1 is off; default: sqrt(C G G / 4096), at least 1")
-    add("--decoder", metavar="FILE", help="decoder checkpoint for the previews (%(default)s)")
-
-    add = parser.add_argument_group("network").add_argument
-    add(
-        "--model",
-        type=model_name,
-        choices=MODELS,
-        metavar="NAME",
-        default="DiT-DH-XL",
-        help="DiT-S, -B, -L, -XL or DiT-DH-S, -B, -L, -XL (%(default)s)",
-    )
-    add(
-        "--prediction",
-        choices=["v", "x"],
-        default="v",
-        help="velocity, or clean latents (RAEv2) (%(default)s)",
-    )
-    add("--base-depth", type=count, help="a second output after so many blocks, to guide by (RAEv2: 8)")
-    for size in SIZES:
-        add(f"--{size.replace('_', '-')}", type=count, help="instead of the model's own (%(default)s)")
-
-    add = parser.add_argument_group("latents").add_argument
-    add("--stats", metavar="FILE", help="latent statistics, or a flow's checkpoint; default: the data's own")
-    add("--stats-images", type=count, default=50_000, help="images for that, drawn evenly (%(default)s)")
-    add(
-        "--cache-latents",
-        action=argparse.BooleanOptionalAction,
-        help="encode all images once, into memory (%(default)s)",
-    )
-
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
-    # The copy is a link to last.pt, which must be of that step.
-    if args.keep_every and args.keep_every % args.save_every:
-        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
-    return args
-
-
-def model_name(text):
-    """An argparse type: a network's name as the paper spells it, in which checkpoints are compared."""
-    return text.upper().replace("DIT", "DiT")
+# Flow matching
 
 
 def time_shift(t, a):
@@ -197,10 +110,10 @@ def default_shift(latent_shape):
 
 def draw_times(num, distribution, a, device):
     """`num` shifted times in [0,1]; logit-normal (0,1) is the released code's, uniform the paper's."""
-    # Logit-normal times are rarely near data or noise.
     if distribution == "uniform":
         t = torch.rand(num, device=device)
     else:
+        # Logit-normal times are rarely near data or noise.
         t = torch.randn(num, device=device).sigmoid()
     return time_shift(t, a)
 
@@ -212,7 +125,7 @@ def flow_loss(model, x, y, t, eps, prediction="v", with_base=False):
     predicts x the target is (x_t - x) / max(t, 0.05); a base's error is added to that of the full output
     (RAEv2, section 5).
     """
-    # From data at t = 0 to noise at t = 1, each image at its own time
+    # Each image has its own time.
     t_x = t.view(-1, 1, 1, 1)
     x_t = (1 - t_x) * x + t_x * eps
     target = dit_dh.to_velocity(x, x_t, t, "x") if prediction == "x" else eps - x
@@ -227,50 +140,55 @@ def learning_rate(step, hold, decay, lr, final_lr):
     return lr + (final_lr - lr) * min(max(progress, 0), 1)
 
 
-def milestones(args, steps_per_epoch, steps):
-    """The steps at which the decay of the learning rate begins and ends. SystemExit where it ends first."""
-    # None: parts of the run, for epochs are of any length with a user's own images.
-    hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
-    decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
-    if decay <= hold:
-        problem = f"--hold-epochs ends at step {hold:g}, --decay-epochs at step {decay:g}"
-        raise SystemExit(f"{problem}: the learning rate must be held first")
-    return hold, decay
+def train_step(
+    model, optimizer, x, y, *, time_dist, shift, clip, accum, precision, prediction="v", with_base=False
+):
+    """One update by latents x (B,C,G,G) and labels y (B,) in `accum` micro-batches.
+
+    Returns ({"loss", "gradient_norm"}, finite); where one of the two is not finite nothing is updated.
+    """
+    # All draws are for the whole batch, so that --accum does not change them. (Label dropout is drawn per
+    # micro-batch, by the network.)
+    t = draw_times(len(x), time_dist, shift, x.device)
+    eps = torch.randn_like(x)
+    loss = torch.zeros((), device=x.device)
+    optimizer.zero_grad()
+    chunks = (value.chunk(accum) for value in (x, y, t, eps))
+    for k, micro_batch in enumerate(zip(*chunks, strict=True)):
+        model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            micro_loss = flow_loss(model, *micro_batch, prediction, with_base) / accum
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    loss = mean_over_ranks(loss)
+    # DDP averaged the gradients, so every rank computes the same norm and takes the same decision.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    finite = bool(torch.isfinite(loss + norm))
+    if finite:
+        optimizer.step()
+    return {"loss": loss, "gradient_norm": norm}, finite
 
 
 # Latents
 
 
-def available_memory():
-    """Bytes that this machine can give without swapping; infinite where it does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return math.inf
-    kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
-    return 1024 * int(kilobytes[1])
-
-
 class LatentCache:
-    """The latents (N,2,C,G,G) of all images and of their mirrors, and labels (N,), in every rank's memory.
+    """The latents (N,V,C,G,G) of all images and, with flip, of their mirrors, and labels (N,), in memory.
 
-    seed: that of the data, whose mirroring it repeats. Raises SystemExit where they don't fit into memory.
+    seed: that of the data, whose mirroring it repeats. Each rank of a machine has its own copy, in fp32.
     """
 
     @exact_fp32()  # the data's statistics are taken of them, too
-    def __init__(self, encoder, data, batch_size, workers, rank, world):
+    def __init__(self, encoder, data, flip, share, workers, rank, world):
         self.seed = data.seed
-        # In fp32, as the encoder gives them; each rank of this machine has its own copy.
-        shape = (len(data), 2, encoder.width, encoder.grid, encoder.grid)
-        size = 4 * math.prod(shape) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if size > available_memory():
-            raise SystemExit(f"--cache-latents: no memory for {size / 1e9:.1f} GB of latents; leave it out")
-        self.latents = torch.zeros(shape)
+        self.latents = torch.zeros(len(data), 1 + flip, encoder.width, encoder.grid, encoder.grid)
         self.labels = torch.zeros(len(data), dtype=torch.int64)
 
-        # Each rank encodes its share, in batches as of training.
-        order = even_order(len(data), len(data), max(1, batch_size // world), rank, world)
+        # Each rank encodes its part, in batches of its share of a training batch.
+        order = even_order(len(data), len(data), share, rank, world)
         progress = tqdm(order, "latents", disable=rank > 0)
-        for keys, (z, y) in zip(progress, encode_views(encoder, data, order, workers), strict=True):
+        views = encode_views(encoder, data, order, workers, flip)
+        for keys, (z, y) in zip(progress, views, strict=True):
             rows = [i for _, i in keys]
             self.latents[rows] = z.cpu()
             self.labels[rows] = y.cpu()
@@ -288,462 +206,441 @@ class LatentCache:
     def batch(self, keys):
         """Latents (B,C,G,G) and labels (B,), mirrored by the draws that ImageData makes."""
         rows = [i for _, i in keys]
-        # The generator of image i in epoch e, as ImageData makes it
+        if self.latents.shape[1] == 1:
+            return self.latents[rows, 0], self.labels[rows]
+        # ImageData makes the same generator for image i in epoch e.
         mirrored = [int(is_mirrored(np.random.default_rng((self.seed, *key)))) for key in keys]
         return self.latents[rows, mirrored], self.labels[rows]
 
 
 def load_latents(source, encoder, mean, var, order, workers):
-    """Yields (normalised latents (B,C,G,G), labels (B,)) for each list of (epoch, index) in `order`.
+    """Yield normalised latents (B,C,G,G) and labels (B,) for each list of (epoch, index) in `order`.
 
     source: ImageData, whose images are encoded in fp32, as released, or a LatentCache.
     """
     device = mean.device
+    std = (var + 1e-5).sqrt()  # the 1e-5 is the released code's
     if isinstance(source, LatentCache):
-        batches = map(source.batch, order)
+        for keys in order:
+            z, y = source.batch(keys)
+            yield (z.to(device) - mean) / std, y.to(device)
     else:
-        images = load_images(source, order, device, workers)
-        # In the order of the cache's memory: that is the order in which noise is drawn.
-        batches = ((encoder(x).contiguous(), y) for x, y in images)
-    # The 1e-5 is the released code's.
-    for z, y in batches:
-        yield (z.to(device) - mean) / (var + 1e-5).sqrt(), y.to(device)
+        for images, y in load_images(source, order, device, workers):
+            # randn_like draws in the order of strides: contiguous as the cache's, they draw the same noise.
+            z = encoder(images).contiguous()
+            yield (z - mean) / std, y
 
 
-def latent_moments(args, start, source, encoder, latent_shape, rank, world):
-    """Mean and variance (C,G,G) that normalise the latents: of the run before, of --stats, or of the data."""
-    kept = [start[key] for key in ("mean", "var") if key in start]
-    # A file that is named is looked at, even where the run before has its own.
-    if args.stats:
-        moments = load_statistics(args.stats, latent_shape)
-        if kept and not all(map(torch.equal, kept, moments)):
-            raise SystemExit(f"--stats {args.stats}: not those of the run that goes on; leave it out")
-        return moments
-    if kept:
-        return kept
+def open_latents(args, start, encoder, data, rank, world):
+    """(source, mean, var): images or with --cache-latents a LatentCache, and statistics (C,G,G).
 
-    # At least one image for each rank
-    num = max(world, min(args.stats_images, len(source)))
-    order = even_order(len(source), num, max(1, args.batch_size // world), rank, world)
-    if isinstance(source, LatentCache):
-        # On the device, since that is where ranks exchange the sums.
-        device = encoder.mean.device
-        return latent_statistics(source.latents[[i for _, i in keys]].to(device) for keys in order)
-    # Unmirrored, since each image counts with its mirror.
-    whole = copy.copy(source)
-    whole.augment = None
-    views = encode_views(encoder, whole, order, args.workers)
-    return latent_statistics(z for z, _ in tqdm(views, "latent statistics", len(order), disable=rank > 0))
-
-
-# One step
-
-
-def train_step(
-    model, optimizer, x, y, *, time_dist, shift, clip, accum, precision, prediction="v", with_base=False
-):
-    """One update by latents x (B,C,G,G) and labels y (B,) in `accum` micro-batches.
-
-    Returns ({"loss", "gradient_norm"}, finite); where one of the two is not finite nothing is updated.
+    The statistics come from the run before, from --stats, or from the data.
     """
-    t = draw_times(len(x), time_dist, shift, x.device)
-    eps = torch.randn_like(x)
-    loss = torch.zeros((), device=x.device)
-    optimizer.zero_grad()
-    # These draws come first, so that micro-batches see those of one large batch. (The network drops labels.)
-    chunks = (value.chunk(accum) for value in (x, y, t, eps))
-    for k, micro_batch in enumerate(zip(*chunks, strict=True)):
-        model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            micro_loss = flow_loss(model, *micro_batch, prediction, with_base) / accum
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    loss = mean_over_ranks(loss)
-    # Equal on all ranks, since DDP has averaged the gradients: they decide alike.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    finite = bool(torch.isfinite(loss + norm))
-    if finite:
-        optimizer.step()
-    return {"loss": loss, "gradient_norm": norm}, finite
+    share = max(1, args.batch_size // world)
+    source = data
+    if args.cache_latents:
+        source = LatentCache(encoder, data, args.flip, share, args.workers, rank, world)
+
+    device = encoder.mean.device
+    before = [start[key].to(device, copy=True) for key in ("mean", "var") if key in start]
+    # --stats is checked even when resuming, so that a different file is an error and not ignored.
+    if args.stats:
+        config = {**encoder.config(), "image_size": args.image_size}
+        mean, var = (value.to(device) for value in load_statistics(args.stats, config))
+        if before and not all(map(torch.equal, before, (mean, var))):
+            raise SystemExit(f"--stats {args.stats}: not those of the run that goes on; leave it out")
+        return source, mean, var
+    if before:
+        return source, *before
+
+    # Each rank needs at least one image.
+    num = max(world, min(args.stats_images, len(data)))
+    order = even_order(len(data), num, share, rank, world)
+    if args.cache_latents:
+        # Ranks exchange the sums on the device.
+        batches = (source.latents[[i for _, i in keys]].to(device) for keys in order)
+    else:
+        # No random flip here: encode_views adds the mirror image.
+        whole = copy.copy(data)
+        whole.augment = None
+        views = encode_views(encoder, whole, order, args.workers, args.flip)
+        batches = (z for z, _ in tqdm(views, "latent statistics", len(order), disable=rank > 0))
+    return source, *latent_statistics(batches)
 
 
-# ---- What any training needs: the same words in rae_decoder_train.py and flow_train.py ----
+# The run
+
+
+@rae_encoder.keeps_process_settings()
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = rae_encoder.set_up(args)
+
+    # Images, networks, optimizer; a cache of latents has both views of an image
+    augment = "flip" if args.flip and not args.cache_latents else None
+    data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
+    steps, hold, decay = schedule(args, len(data), world)
+    log = rae_encoder.open_log(args.out) if rank == 0 else None
+    start = rae_encoder.read_start(args, FORMAT)
+    encoder, network, ema, config = open_networks(args, data.classes, device)
+    decoder = identify_decoder(args.decoder, config)
+    optimizer = adamw(network)
+    state = {"model": network, "ema": ema, "optimizer": optimizer}
+
+    # The checkpoint of a run that stopped before this one
+    first = resume(start, config, state, steps)
+    step = first
+    rae_encoder.check_ranks_agree(step=step, images=data.hash(), encoder=encoder.hash, decoder=decoder)
+    precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
+    source, mean, var = open_latents(args, start, encoder, data, rank, world)
+    model = rae_encoder.parallel(network, network.blocks, args.compile, device)
+    config["decoder"] = decoder
+    checkpoint = {"config": config, "precision": precision, "mean": mean.cpu(), "var": var.cpu()}
+
+    # First line of output and progress bar
+    networks = f"{rae_encoder.encoder_summary(args, encoder)}, shift {config['shift']:.2f}; {args.model}"
+    computing = f"{world} x {device.type}, {precision} ({why})"
+    progress = rae_encoder.first_line(args, rank, data, networks, network, computing, step, steps)
+
+    # Train: everything that happens at a step, in the order in which it happens
+    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
+    latents = load_latents(source, encoder, mean, var, order, args.workers)
+    stops = rae_encoder.catch_signals()
+    skipped = Counter()
+    recent = []
+    since = time.time()
+    for x, y in until_stopped(latents, stops, device):
+        seed_step(args.seed, step, rank)
+        lr = learning_rate(step, hold, decay, args.lr, args.final_lr)
+        optimizer.param_groups[0]["lr"] = lr
+        terms, finite = train_step(
+            model,
+            optimizer,
+            x,
+            y,
+            time_dist=args.time_dist,
+            shift=config["shift"],
+            clip=args.clip,
+            accum=args.accum,
+            precision=precision,
+            prediction=args.prediction,
+            with_base=args.base_depth is not None,
+        )
+        # A step that is not finite changed nothing, and is not in the means of the log.
+        if finite:
+            update_ema(ema, network, rae_encoder.ema_decay(args, steps))
+        step += 1
+        recent.append(terms if finite else {})
+        count_skipped("network", finite, step, terms, skipped, stops, progress)
+
+        if step == steps or step % args.log_every == 0:
+            since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
+        preview = decoder and args.preview_every and (step == steps or step % args.preview_every == 0)
+        if rank == 0 and (step == steps or preview or step % args.save_every == 0):
+            save(args, state, step, checkpoint)
+        if rank == 0 and preview:
+            save_preview(args.out, step, log, args.decoder, len(data.classes), device)
+        progress.update()
+
+    # A run that ends early leaves its last good step.
+    if first < step < steps:
+        report(log, progress, step, recent, args.batch_size, since, lr, skipped)
+        if rank == 0:
+            save(args, state, step, checkpoint)
+    command = rae_encoder.next_command("sample.py", 1, args.out, "samples", flow=f"{args.out}/last.pt")
+    rae_encoder.end_of_run(args, rank, progress, step, steps, data, device, stops, command)
+
+
+def open_networks(args, classes, device):
+    """(encoder, network, EMA, config), as the flags say; config is for sample.py and a run that goes on."""
+    torch.manual_seed(args.seed)  # all ranks and runs start alike
+    encoder = Encoder(
+        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
+    )
+    config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip}
+    network = dit_dh.build(
+        args.model,
+        config["latent_shape"],
+        len(classes),
+        args.prediction,
+        args.base_depth,
+        width=args.width,
+        depth=args.depth,
+        heads=args.heads,
+        head_width=args.head_width,
+        head_depth=args.head_depth,
+        head_heads=args.head_heads,
+    )
+    network.checkpoint_activations = args.checkpoint_activations
+    config.update(
+        model=args.model,
+        sizes=network.sizes,
+        prediction=args.prediction,
+        base_depth=args.base_depth,
+        classes=classes,
+        num_classes=len(classes),
+        shift=args.shift or default_shift(config["latent_shape"]),
+    )
+    if args.init:
+        initialise(network, config, args.init)
+    network.to(device)
+    return encoder.to(device), network, copy.deepcopy(network).requires_grad_(False), config
+
+
+def initialise(network, config, path):
+    """Load --init, a flow of the same latents and sizes, into the network.
+
+    For other classes only "no class" is taken of the labels. Raises SystemExit for other latents or sizes.
+    """
+    path = rae_encoder.local_file(path, "--init")
+    released = dit_dh.load(path, "--init")
+    sizes = {
+        "sizes": released.sizes,
+        "latent_shape": list(released.latent_shape),
+        "prediction": released.prediction,
+        "base_depth": released.base_depth,
+    }
+    source = {**sizes, **dit_dh.read(path, "--init").get("config", {})}
+    check_same(config, "this run", source, f"--init {path}", (*rae_encoder.LATENTS, *sizes))
+
+    weights = released.state_dict()
+    # "No class" is the last row of the labels, and means the same for any data.
+    if (
+        source.get("classes", config["classes"]) != config["classes"]
+        or released.num_classes != network.num_classes
+    ):
+        table = "y_embedder.embedding_table.weight"
+        weights[table] = torch.cat([network.state_dict()[table][:-1], weights[table][-1:]])
+    network.load_state_dict(weights)
+
+
+def identify_decoder(path, config):
+    """{"path", "hash"} of the decoder that previews and sample.py use, or None.
+
+    Raises SystemExit for one that can't decode this run's latents.
+    """
+    if not path:
+        return None
+    file = read_weights(path, "--decoder")
+    if file.get("format") == FORMAT:
+        raise SystemExit(f"--decoder {path}: is a flow of flow_train.py, not a decoder")
+    check_same(config, "this run", file.get("config", {}), f"--decoder {path}")
+    return {"path": path, "hash": rae_encoder.weights_hash(file)}
+
+
+def schedule(args, images, world):
+    """Steps of the run, and those at which the decay of the learning rate begins and ends."""
+    steps_per_epoch, steps = rae_encoder.plan_steps(images, args, world)
+    # None (preset small): fractions of the run, because an epoch of a user's data can have any length.
+    hold = steps / 2 if args.hold_epochs is None else args.hold_epochs * steps_per_epoch
+    decay = steps if args.decay_epochs is None else args.decay_epochs * steps_per_epoch
+    if decay <= hold:
+        problem = f"--hold-epochs ends at step {hold:g}, --decay-epochs at step {decay:g}"
+        raise SystemExit(f"{problem}: the learning rate must be held first")
+    return steps, hold, decay
+
+
+def save_preview(folder, step, log, decoder, num_classes, device):
+    """Draw samples of the EMA by sample.py, as a user would: four a class, the grid preview-STEP.png."""
+    torch.cuda.empty_cache()  # sample.py works on the same GPU
+    samples = f"{folder}/preview-{step:07d}"
+    shutil.rmtree(samples, ignore_errors=True)  # of a step that is trained again
+    sampler = Path(__file__).with_name("sample.py")
+    command = [sys.executable, sampler, "--flow", f"{folder}/last.pt", "--decoder", decoder, "--out", samples]
+    command += ["--num", str(4 * min(num_classes, 10)), "--device", device.type, "--no-compile"]
+    if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
+        tqdm.write(f"{samples}: no preview, see above; training goes on", file=sys.stderr)
+    else:
+        rae_encoder.log_picture(log, step, f"{samples}.png")
+
+
+# Flags
+
+
+def parse_args(argv=None):
+    parser, training = rae_encoder.training_parser(__doc__)
+    parser.set_defaults(batch_size=1024, out="runs/flow", preview_every=10_000, ema=0.9995)
+    add = training.add_argument
+    hold = "of the first learning rate (%(default)s; small: half the run)"
+    add("--hold-epochs", type=non_negative_float, default=40, help=hold)
+    decay = "when its decay ends (%(default)s; small: with the run)"
+    add("--decay-epochs", type=positive_float, default=800, help=decay)
+    add("--clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
+    law = "of t before the shift: released, paper (%(default)s)"
+    add("--time-dist", choices=["logit-normal", "uniform"], default="logit-normal", help=law)
+    add(
+        "--shift", type=positive_float, help="of the times; 1 is off; default: sqrt(C G G / 4096), at least 1"
+    )
+    images = (
+        f"gives data, encoder, sizes, and decodes the previews; default: {DECODER}, if it is of the images"
+    )
+    add("--decoder", metavar="FILE", help=images)
+
+    add = parser.add_argument_group("network").add_argument
+    names = f"{', '.join(dit_dh.NAMES)} (%(default)s)"
+    add("--model", type=dit_dh.model_name, metavar="NAME", default="DiT-DH-XL", help=names)
+    outputs = "velocity, or clean latents (RAEv2) (%(default)s)"
+    add("--prediction", choices=["v", "x"], default="v", help=outputs)
+    add(
+        "--base-depth", type=positive_int, help="a second output after so many blocks, to guide by (RAEv2: 8)"
+    )
+    for size in ("width", "depth", "heads", "head-width", "head-depth", "head-heads"):
+        add(f"--{size}", type=positive_int, help="instead of the model's own (%(default)s)")
+
+    add = parser.add_argument_group("latents").add_argument
+    add("--stats", metavar="FILE", help="latent statistics, or a flow's checkpoint; default: the data's own")
+    add(
+        "--stats-images",
+        type=positive_int,
+        default=50_000,
+        help="images for that, drawn evenly (%(default)s)",
+    )
+    cache = "encode all images once, into memory (%(default)s)"
+    add("--cache-latents", action=argparse.BooleanOptionalAction, help=cache)
+    explicit = rae_encoder.explicit_flags(parser, argv)
+    return rae_encoder.parse_with_preset(parser, PRESETS, argv, decoder_flags(explicit))
+
+
+def decoder_flags(explicit):
+    """The flags that the decoder's checkpoint decides, as {name: value}, where it is this project's.
+
+    Raises SystemExit where --encoder names another encoder.
+    """
+    path = explicit.get("decoder", DECODER)
+    if not path or ("decoder" not in explicit and not os.path.exists(path)):
+        return {}
+    file = read_weights(path, "--decoder")
+    if file.get("format") != "rae-decoder/1":
+        return {"decoder": path}
+    known = {**file["args"], **file["config"]}
+
+    # A decoder in the default place may be of another training.
+    if "decoder" not in explicit:
+        other_data = os.path.realpath(explicit.get("data", known["data"])) != os.path.realpath(known["data"])
+        if other_data or explicit.get("preset", known["preset"]) != known["preset"]:
+            return {}
+    if "encoder" in explicit:
+        encoder = {"encoder": rae_encoder.timm_name(explicit["encoder"])}
+        check_same(encoder, "this run", {"encoder": known["encoder"]}, f"--decoder {path}")
+    names = ("data", "preset", "skip_broken", "flip", "image_size", "patch_size")
+    encoder_names = ("encoder", "encoder_weights", "encoder_size", "layers")
+    return {"decoder": path, **{name: known[name] for name in (*names, *encoder_names)}}
+
+
+# ---- The plumbing of a training: the same words in rae_decoder_train.py and flow_train.py ----
 
 
 def mean_over_ranks(values):
-    """The tensor `values`, averaged in place over the ranks."""
+    """Average the tensor `values` in place over the ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
 
 
-def any_rank(flag, device):
-    """Whether `flag` is true on any rank: a signal reaches them one by one, but they must leave together."""
-    # One process has nobody to ask, and a GPU nothing to wait for.
-    if not dist.is_initialized():
-        return flag
-    return mean_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+def until_stopped(batches, stops, device):
+    """Yield the batches until the list `stops` of a rank has a signal or a problem: all ranks leave together.
+
+    A rank that can't load its batch appends the problem.
+    """
+    batches = iter(batches)
+    while True:
+        batch = None
+        try:
+            batch = next(batches, None)
+        except SystemExit as problem:
+            stops.append(problem)
+        stopping = len(stops) > 0
+        # A single process has no collective, and its GPU no sync.
+        if dist.is_initialized():
+            stopping = mean_over_ranks(torch.tensor(float(stopping), device=device)).item() > 0
+        if stopping or batch is None:
+            return
+        yield batch
 
 
-def catch_signals():
-    """A list that SIGTERM and Ctrl-C fill from here on, so that the step that is running comes to its end."""
-    signals = []
-    # SIGTERM is what torchrun and job schedulers send.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
-    return signals
-
-
-def plan_steps(images, args, world):
-    """(steps an epoch, steps of the run). Raises SystemExit for a batch that images or ranks don't fill."""
-    batch_size = args.batch_size
-    if images < batch_size:
-        raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
-    if batch_size % (world * args.accum):
-        raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
-    # What does not fill a batch is left out of the epoch, other images each time.
-    steps_per_epoch = images // batch_size
-    return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
-
-
-def parallel(network, blocks, compile, device):
-    """The network as it is trained: its blocks compiled, and in DDP."""
-    compile_blocks(blocks, compile, device)
-    return DistributedDataParallel(network, broadcast_buffers=False) if dist.is_initialized() else network
-
-
-def adamw(network, lr):
-    """The paper's AdamW (appendix); fused: one kernel for all weights."""
-    # Stage 2's fixed position embeddings are among them, as released: without a gradient they stay.
+def adamw(network):
+    """The paper's AdamW (appendix), whose learning rate each step sets; fused: one kernel for all weights."""
     weights = network.parameters()
-    return torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+    return torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
 
 def seed_step(seed, step, rank):
-    """The random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
+    """Make the random numbers of a step depend on (seed, step, rank) alone, so a resumed run repeats them."""
     # SeedSequence mixes: neighbouring steps and ranks have nothing in common.
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 @torch.no_grad()
 def update_ema(ema, network, decay):
-    # ema + (1 - decay) (network - ema), all weights in one call.
+    """ema + (1 - decay) (network - ema), all weights in one call."""
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
-def report_skipped(steps, terms, progress, precision, last):
-    """Says that the last of `steps` was not finite and changed nothing; ten in a row end the run."""
-    step = steps[-1]
+def count_skipped(network, finite, step, terms, skipped, stops, progress):
+    """Count and print a skipped update of `network`; ten in a row, which mean divergence, end the run."""
+    in_a_row = f"{network} in a row"
+    skipped[in_a_row] = 0 if finite else skipped[in_a_row] + 1
+    if finite:
+        return
+    skipped["all"] += 1
     if not progress.disable:  # rank 0
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        progress.write(f"step {step} skipped, not finite: {values}", file=sys.stderr)
-    # One bad step is chance, ten are a run that has diverged: nothing good would come after them.
-    if len(steps) >= 10 and steps[-10] == step - 9:
-        remedy = "a lower --lr or --precision fp32" if precision == "bf16" else "a lower --lr"
-        saved = f"; the last checkpoint is {last}" if os.path.exists(last) else ""
-        raise SystemExit(f"step {step}: 10 steps in a row not finite; try {remedy}{saved}")
+        progress.write(f"step {step}: the {network}'s update was skipped, not finite: {values}", sys.stderr)
+    if skipped[in_a_row] == 10:
+        problem = f"step {step}: 10 updates of the {network} in a row not finite"
+        stops.append(SystemExit(f"{problem}; try a lower --lr or --precision fp32"))
 
 
-def report(log, progress, step, recent, images, since, **values):
-    """Logs the mean of each term over the recent steps that have it, and images a second since `since`.
+def report(log, progress, step, recent, batch_size, since, lr, skipped):
+    """Log the mean of each term over the recent steps that have it, and images a second since `since`.
 
-    `images` is a step's. Forgets the recent steps, and returns the time.
+    Clears `recent` and returns the new start time.
     """
     now = time.time()
-    # A dict keeps their order; those of the GAN come in later.
-    names = {name: None for terms in recent for name in terms}
+    names = {name: None for terms in recent for name in terms}  # a dict keeps their order
     record = {}
     for name in names:
         record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
-    # Everything is in that time: previews and checkpoints, too.
-    record["images_per_s"] = round(len(recent) * images / (now - since), 1)
+    # Previews and checkpoints are in that time, too.
+    record["images_per_s"] = round(len(recent) * batch_size / (now - since), 1)
     recent.clear()
     if log:
-        write_log(log, step, record | values)
-    # None where every step was skipped
+        write_log(log, step, {**record, "lr": lr, "skipped": skipped["all"]})
     progress.set_postfix(loss=record.get("loss"), images_per_s=record["images_per_s"])
     return now
 
 
-def open_log(folder):
-    """metrics.jsonl, locked while this process lives, and TensorBoard's writer where that is installed."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        # Two runs in one folder would overwrite each other. Windows has no fcntl.
-        if importlib.util.find_spec("fcntl"):
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
-        else:
-            print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
-    except BlockingIOError:
-        raise SystemExit(f"--out {folder}: another run is in it; stop it or name another folder") from None
-    except OSError as error:
-        raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
-
-    # What a run that was killed was writing; the folder may hold other files of a user.
-    for left in Path(folder).glob("*.[0-9]*.tmp"):
-        left.unlink()
-    if not importlib.util.find_spec("tensorboard"):
-        return file, None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return file, SummaryWriter(folder)
-
-
-def write_log(log, step, record):
-    # One JSON object a line, written at once: others may read along.
-    file, board = log
-    try:
-        print(json.dumps({"step": step, "time": round(time.time(), 1)} | record), file=file)
-    except OSError as error:
-        raise SystemExit(f"{file.name}: can't be written ({reason(error)})") from None
-    if board:
-        for name, value in record.items():
-            board.add_scalar(name, value, step)
-
-
-def log_picture(log, step, path):
-    """The PNG of a preview in TensorBoard, where that is installed."""
-    board = log[1]
-    if board and os.path.exists(path):
-        board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
-
-
-def resume(path, last, device, config, state, steps):
-    """Loads --resume, or the run folder's last.pt if there is one, into `state`; returns its other values.
+def resume(start, config, state, steps):
+    """Load the checkpoint `start` (read_start) into `state`; returns its step.
 
     Raises SystemExit for a checkpoint of another run.
     """
-    # All ranks must decide alike: disks may show a file late.
-    if not path and not any_rank(os.path.exists(last), device):
-        return {"step": 0}
-    source = path or last
-    checkpoint = read_weights(source, "--resume")
-    if checkpoint.get("format") != FORMAT or not checkpoint.keys() >= {"config", "model", "optimizer"}:
-        raise SystemExit(f"--resume {source}: not a whole {FORMAT} checkpoint")
-    # Older versions have a patch size, always 1, and the precision among their flags.
-    theirs = checkpoint["config"]
-    theirs.get("sizes", {}).pop("patch", None)
-    checkpoint.setdefault("precision", checkpoint.get("args", {}).get("precision"))
-    # Another network or other latents would train on from nonsense, or fail in PyTorch's words.
-    key = difference(config, theirs)
-    if key:
-        # A list of classes is long.
-        problem = f"{source} has {key} {theirs.get(key)!s:.80}, this run {config[key]!s:.80}"
-        raise SystemExit(f"{problem}: same flags, or another --out")
-    # Nothing to do, and no error of training either.
-    if checkpoint["step"] > steps:
-        problem = f"{source} is at step {checkpoint['step']}, this run ends at {steps}"
+    if not start:
+        return 0
+    check_same(config, "this run", start["config"], start["path"], config, "same flags, or another --out")
+    # A checkpoint beyond this run's end is refused instead of silently doing nothing.
+    if start["step"] > steps:
+        problem = f"{start['path']} is at step {start['step']}, this run ends at {steps}"
         raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
     for name, owner in state.items():
-        owner.load_state_dict(checkpoint.pop(name))
-    return checkpoint
+        # A copy, since an optimizer would keep the file mapped that the next save replaces.
+        owner.load_state_dict(copy.deepcopy(start.pop(name)))
+    return start["step"]
 
 
-def save(last, args, state, step, **rest):
-    """Writes last.pt; every --keep-every steps a numbered copy is linked to it: no second write."""
-    # Plain dicts of tensors, numbers and texts, so that reading one runs no code.
+def save(args, state, step, rest):
+    """Write last.pt and, every --keep-every steps, a numbered copy: plain dicts, which run no code."""
     states = {name: owner.state_dict() for name, owner in state.items()}
     checkpoint = {"format": FORMAT, "step": step, "args": vars(args), **states, **rest}
-    write_file(last, lambda file: torch.save(checkpoint, file))
+    names = ["last.pt"]
     if args.keep_every and step % args.keep_every == 0:
-        numbered = Path(last).with_name(f"{step:07d}.pt")
-        numbered.unlink(missing_ok=True)
-        try:
-            numbered.hardlink_to(last)
-        except OSError:  # a disk without hard links
-            shutil.copyfile(last, numbered)
-
-
-def announce(log, args, data, models, network, run):
-    """The first line: data, models, and how they are trained; of the rank with the log alone."""
-    if not log:
-        return
-    demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
-    # Said before the first step, which may take minutes where it compiles.
-    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
-    images = f"{len(data)} images of {data.about} in {len(data.classes)} classes"
-    print(f"{demo}{images}; {models} ({millions:.1f} M parameters); {run}", file=sys.stderr)
-
-
-def leave(log, progress, data, device, last, step, steps, following):
-    """The last line of a run, which names the command that comes next, and the end of its process group."""
-    progress.close()
-    # Each rank knows of the images that it was to read.
-    broken = int(mean_over_ranks(data.broken.to(device).float()).count_nonzero())
-    if log:
-        replaced = f"; {broken} broken images were replaced by others" if broken else ""
-        end = f"next: {following} {last}"
-        if step < steps:
-            end = "stopped, the same command goes on from here (without --resume)"
-        print(f"{last}: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        names.append(f"{step:07d}.pt")
+    for name in names:
+        write_file(f"{args.out}/{name}", lambda file: torch.save(checkpoint, file))
 
 
 # ---- The end of the same words ----
-
-
-# The run
-
-
-def build(args, classes, device):
-    """(encoder, network, config), as the flags say."""
-    torch.manual_seed(args.seed)  # all ranks and runs start alike
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
-    latent_shape = [encoder.width, encoder.grid, encoder.grid]
-    sizes = {name: getattr(args, name) for name in SIZES}
-    network = dit_dh.build(args.model, latent_shape, len(classes), args.prediction, args.base_depth, **sizes)
-    network.checkpoint_activations = args.checkpoint_activations
-    if args.init:
-        initialise(network, args.init)
-
-    # What sample.py needs to know
-    config = {
-        "encoder": args.encoder,
-        "encoder_hash": encoder.hash,
-        "encoder_size": encoder.encoder_size,
-        "image_size": args.image_size,
-        "model": args.model,
-        "sizes": network.sizes,
-        "prediction": args.prediction,
-        "base_depth": args.base_depth,
-        "layers": args.layers,
-        "latent_shape": latent_shape,
-        "classes": classes,
-        "num_classes": len(classes),
-        "shift": args.shift or default_shift(latent_shape),
-    }
-    return encoder.to(device), network.to(device), config
-
-
-def initialise(network, path):
-    """--init: the weights of `path`, ours or released.
-
-    For another number of classes, of the labels only "no class" is taken. SystemExit for other sizes.
-    """
-    source = dit_dh.load(local_file(path, "--init"), "--init")
-    for name in ("sizes", "latent_shape", "prediction", "base_depth"):
-        theirs, ours = (getattr(model, name) for model in (source, network))
-        if theirs != ours:
-            raise SystemExit(f"--init {path} has {name} {theirs}, this run {ours}")
-    # "No class" is the last row of the labels, and means the same for any data.
-    weights = source.state_dict()
-    if source.num_classes != network.num_classes:
-        table = "y_embedder.embedding_table.weight"
-        weights[table] = torch.cat([network.state_dict()[table][:-1], weights[table][-1:]])
-    network.load_state_dict(weights)
-
-
-def check_decoder(path, config):
-    """Raises SystemExit for a --decoder that can't decode this run's latents."""
-    # Found now and not at the first preview.
-    decoder = read_weights(path, "--decoder")
-    if decoder.get("format") == FORMAT:
-        raise SystemExit(f"--decoder {path}: is a flow of flow_train.py, not a decoder")
-    check_pair(config, "this run", decoder.get("config", {}), f"--decoder {path}")
-
-
-def save_preview(folder, step, log, last, decoder, num_classes, device):
-    """Samples of the EMA, by the sampler that users run: the grid preview-STEP.png, a column a class."""
-    torch.cuda.empty_cache()  # sample.py works on the same GPU; does nothing without one
-    # A process of its own, with the flags that a user would give.
-    samples = f"{folder}/preview-{step:07d}"
-    shutil.rmtree(samples, ignore_errors=True)  # of a step that is trained again
-    # Four of each class, in ten columns at most
-    classes = [str(number) for number in range(min(num_classes, 10))]
-    sampler = Path(__file__).with_name("sample.py")
-    command = [sys.executable, sampler, "--flow", last, "--decoder", decoder, "--out", samples]
-    command += ["--classes", ",".join(classes), "--num", str(4 * len(classes))]
-    command += ["--device", device.type, "--no-compile"]
-    if subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}).returncode:
-        tqdm.write(f"{samples}: no preview, see above; training goes on", file=sys.stderr)
-    else:
-        log_picture(log, step, f"{samples}.png")
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = rae_encoder.set_up(args)
-
-    # What is trained, on what
-    augment = None if args.cache_latents else "flip"  # the cache has both views of an image
-    data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
-    steps_per_epoch, steps = plan_steps(len(data), args, world)
-    hold, decay = milestones(args, steps_per_epoch, steps)
-    log = open_log(args.out) if rank == 0 else None
-    encoder, network, config = build(args, data.classes, device)
-    if args.decoder:
-        check_decoder(args.decoder, config)
-    ema = copy.deepcopy(network).requires_grad_(False)
-    optimizer = adamw(network, args.lr)
-    state = {"model": network, "ema": ema, "optimizer": optimizer}
-
-    # Where a run before this one stopped; the latents' statistics come from there, a file or the data
-    last = f"{args.out}/last.pt"
-    start = resume(args.resume, last, device, config, state, steps)
-    step = start["step"]
-    precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
-    source = data
-    if args.cache_latents:
-        source = LatentCache(encoder, data, args.batch_size, args.workers, rank, world)
-    moments = latent_moments(args, start, source, encoder, config["latent_shape"], rank, world)
-    mean, var = (moment.to(device) for moment in moments)
-    model = parallel(network, network.blocks, args.compile, device)
-
-    # What a user sees
-    models = f"{args.encoder} {config['latent_shape']}, shift {config['shift']:.2f}; {args.model}"
-    run = f"{world} x {device.type}, {precision} ({why}); step {step} of {steps}"
-    announce(log, args, data, models, network, run)
-    progress = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-
-    # Train: everything that happens at a step, in the order in which it happens
-    options = {name: getattr(args, name) for name in ("time_dist", "clip", "accum", "prediction")}
-    options["shift"] = config["shift"]
-    options["precision"] = precision
-    options["with_base"] = args.base_depth is not None
-    order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
-    signals = catch_signals()
-    recent = []
-    skipped = []
-    since = time.time()
-    for x, y in load_latents(source, encoder, mean, var, order, args.workers):
-        seed_step(args.seed, step, rank)
-        lr = set_learning_rate(optimizer, learning_rate(step, hold, decay, args.lr, args.final_lr))
-        terms, finite = train_step(model, optimizer, x, y, **options)
-        if finite:
-            update_ema(ema, network, args.ema)
-        step += 1
-
-        # What was skipped counts as a step, but not in the means of the log.
-        recent.append(terms if finite else {})
-        if not finite:
-            skipped.append(step)
-            report_skipped(skipped, terms, progress, precision, last)
-
-        stopped = any_rank(bool(signals), device)
-        final = stopped or step == steps
-        progress.update()
-        if final or step % args.log_every == 0:
-            since = report(log, progress, step, recent, args.batch_size, since, lr=lr, skipped=len(skipped))
-        # sample.py reads the checkpoint, so a preview comes after it.
-        preview = args.decoder and args.preview_every and step % args.preview_every == 0
-        if rank == 0 and (final or preview or step % args.save_every == 0):
-            save(last, args, state, step, config=config, precision=precision, mean=mean.cpu(), var=var.cpu())
-        if rank == 0 and preview:
-            save_preview(args.out, step, log, last, args.decoder, len(data.classes), device)
-        if stopped:
-            break
-    leave(log, progress, data, device, last, step, steps, "python sample.py --flow")
 
 
 if __name__ == "__main__":

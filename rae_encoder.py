@@ -1,29 +1,31 @@
 """Stage 0 of RAE: images in, latents out (arXiv 2510.11690, section 3).
 
 A frozen, pretrained ViT turns an image into a grid of tokens; stage 2 learns in the space of these grids.
-Both trainings take from here the images, the encoder, the statistics of its latents, and the common flags.
+Both trainings take the images, the encoder and the statistics of its latents from here.
 
     python rae_encoder.py                                # the demo: seconds on a laptop's CPU
-    torchrun rae_encoder.py --data my_images --out stats.pt
+    python rae_encoder.py --data my_images --out stats.pt
     torchrun --nproc_per_node 8 rae_encoder.py --preset imagenet256 --data imagenet/train --out stats.pt
 
-Letters in shapes: B batch, C token width, G tokens a side, N = G*G tokens, S image size.
+Letters in shapes: B batch, C token width, G tokens a side, N = G*G tokens, S image size, V views of an image.
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
-import difflib
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import time
 import warnings
 import zipfile
 from functools import partial
@@ -33,49 +35,18 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import load_state_dict
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-# Images and encoder of the presets that all scripts share. The demo's encoder is small and untrained.
-DEMO = {
-    "data": "data/demo",
-    "image_size": 32,
-    "encoder": "test_vit",
-    "encoder_weights": "random",
-    "encoder_size": 64,
-    "workers": 2,
-}
-RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}  # Singh et al. 2026, K = 7
-# 8x8 tokens of width 384. From the last layer alone a short training's images are blurred (RAEv2, section 3).
-SMALL = {
-    "image_size": 64,
-    "encoder": "dinov2-small",
-    "encoder_size": 112,
-    "layers": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
-}
-# What differs from the flags' own defaults, which are of the released recipe for 256 px.
-PRESETS = {
-    "demo": DEMO | {"batch_size": 100},
-    "small": SMALL,
-    "imagenet256": {},
-    "imagenet512": {"image_size": 512, "batch_size": 64},
-    "raev2": RAEV2,
-}
-# What a preset says of these does not hold where such a flag asks for something else.
-REPLACED = {
-    "epochs": ["steps"],
-    "image_size": ["encoder_size"],
-    "encoder": ["encoder_size", "encoder_weights"],
-    "model": ["width", "depth", "heads", "head_width", "head_depth", "head_heads"],
-}
 # The tag is part of the name: the mean and std of the training images come with it.
 ALIASES = {
     "dinov2-small": "vit_small_patch14_reg4_dinov2.lvd142m",
@@ -87,29 +58,527 @@ ALIASES = {
     "siglip2-base": "vit_base_patch16_siglip_256.v2_webli",
     "mae-base": "vit_base_patch16_224.mae",
 }
-# What a checkpoint's config means where it lacks a key
-OLDER = {"layers": None, "noise_law": "uniform", "prediction": "v", "base_depth": None}
-AUTOENCODER = ("diffusion_pytorch_model.safetensors", "config.json")  # the files of diffusers' format
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# A whole picture is read whatever its metadata: Pillow refuses PNG text and colour profiles over 1 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = 2**28
-PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+
+# The encoder
+
+
+class Encoder(nn.Module):
+    """A frozen timm ViT: images (B,3,H,W) in [0,1] -> latents (B,C,G,G) (paper section 3.1).
+
+    The patch tokens after the final LayerNorm without its affine: each token has mean 0 and variance 1.
+
+    Args:
+        name: an alias of ALIASES, or any timm ViT by its full name with tag.
+        encoder_size: pixels a side that the ViT sees; default: its patch * image_size / patch_size.
+        weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
+        layers: numbers of blocks, from 0, whose outputs are averaged (RAEv2), "all" (but the first), or the
+            last alone (None, "last").
+        patch_size: pixels of the image that a token stands for, a side.
+
+    Attributes: width C, grid G, encoder_size, layers, hash of the weights, mean and std (3,1,1).
+    Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that don't fit.
+    """
+
+    def __init__(self, name, encoder_size=None, image_size=256, weights=None, layers=None, patch_size=16):
+        super().__init__()
+        self.name = timm_name(name)
+        self.vit = load_vit(self.name, weights)
+        self.width = self.vit.embed_dim
+        # The hash comes before positions are resampled, so that it does not depend on the size.
+        self.hash = fingerprint(self.vit.state_dict().values())
+        self.layers = block_numbers(layers, name, len(self.vit.blocks))
+
+        patch = self.vit.patch_embed.patch_size[0]
+        self.encoder_size = encoder_size or patch * image_size // patch_size
+        self.grid = self.encoder_size // patch
+        if self.grid == 0 or self.encoder_size % patch:
+            problem = f"would see {self.encoder_size} pixels a side, no multiple of its patch size {patch}"
+            raise SystemExit(f"--encoder {name}: {problem}; change --encoder-size or --patch-size")
+        self.resize_positions()
+
+        # A ViT without a final norm gets one, too.
+        eps = getattr(self.vit.norm, "eps", 1e-6)
+        self.vit.norm = nn.LayerNorm(self.width, eps, elementwise_affine=False)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
+        # A frozen network has no dropout and no gradients.
+        self.eval().requires_grad_(False)
+
+    def resize_positions(self):
+        """Fit the ViT to encoder_size, with its positions resampled as the authors' models do it."""
+        native = self.vit.pos_embed  # None in DINOv3, whose positions are rotary
+        self.vit.set_input_size(self.encoder_size)
+        # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
+        if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.name:
+            grid = self.vit.patch_embed.grid_size
+            prefix = self.vit.num_prefix_tokens
+            position = resample_abs_pos_embed(native, grid, num_prefix_tokens=prefix, antialias=False)
+            self.vit.pos_embed = nn.Parameter(position)
+
+    @torch.no_grad()
+    def forward(self, x):
+        if x.shape[-2:] != (self.encoder_size, self.encoder_size):
+            x = F.interpolate(x, size=self.encoder_size, mode="bicubic", align_corners=False)
+        x = (x - self.mean) / self.std
+        if self.layers:
+            tokens = self.average(x)  # (B,N,C)
+        else:
+            tokens = self.vit.forward_features(x)  # (B, prefix + N, C)
+            tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B,N,C) class and registers dropped
+        return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
+
+    def average(self, x):
+        """Mean of the layers' normalised tokens, plus the last one's spatial mean (RAEv2, eq. 1)."""
+        # The released code takes the mean; the paper writes a sum.
+        options = {"norm": True, "stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
+        layers = torch.stack(self.vit.forward_intermediates(x, self.layers, **options)).float()  # (L,B,N,C)
+        return layers.mean(0) + layers[-1].mean(1, keepdim=True)  # (B,N,C) + (B,1,C)
+
+    def config(self):
+        """The settings that decide the latents, as checkpoints hold them and check_same compares them."""
+        return {
+            "encoder": self.name,
+            "encoder_hash": self.hash,
+            "encoder_size": self.encoder_size,
+            "layers": self.layers,
+            "latent_shape": [self.width, self.grid, self.grid],
+        }
+
+
+def load_vit(name, weights, flag="--encoder"):
+    """timm's plain ViT `name` with weights from the hub (None), from a file, or "random"; see Encoder."""
+    options = {}
+    if "siglip" in name:
+        options["act_layer"] = (
+            "gelu_tanh"  # Hugging Face's SigLIP 2 has it: without it latents differ by 2e-3
+        )
+    repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    if weights is None and repository:
+        announce_fetch(repository, "model.safetensors")
+
+    try:
+        if weights not in (None, "random"):
+            state = load_state_dict(local_file(weights, f"{flag}-weights"), weights_only=True)
+            # Without the classifier's keys timm loads strictly; it converts names and positions as its own.
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+            options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
+            vit = timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
+    except Exception as error:  # timm, torch, safetensors and the hub raise many kinds
+        if weights:
+            problem = f"{flag}-weights {weights}: no weights of timm's {name}"
+        else:
+            problem = f"{flag} {name}: model.safetensors of {repository} can't be fetched from the hub"
+        raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
+
+    plain = all(hasattr(vit, attribute) for attribute in ("num_prefix_tokens", "pos_embed", "set_input_size"))
+    if not plain or not isinstance(vit.patch_embed, PatchEmbed):
+        raise SystemExit(f"{flag} {name}: not a plain ViT, with patches and tokens of one size")
+    return vit
+
+
+def timm_name(name):
+    """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
+    full = ALIASES.get(name, name)
+    # Without a tag any architecture of timm will do, with one its weights must exist.
+    if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
+        raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
+    return full
+
+
+def block_numbers(layers, name, depth):
+    """Numbers of the blocks that --layers means in an encoder of `depth` blocks; None for the last alone."""
+    if layers == "all":
+        layers = list(range(1, depth))
+    if layers in (None, "last"):
+        return None
+    if not layers or layers[-1] >= depth:
+        raise SystemExit(f"--layers: {name} has blocks 0 to {depth - 1}, of which {layers} can't be averaged")
+    return layers
+
+
+# Latent statistics
+
+
+@contextlib.contextmanager
+def exact_fp32():
+    """Context manager and decorator: true fp32 (no TF32) in matmuls and convolutions."""
+    # TF32 keeps 10 of the 23 bits of a mantissa.
+    outside = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(outside)
+
+
+def encode_views(encoder, data, order, workers=0, flip=True):
+    """Yield latents (B,V,C,G,G) of images and, with flip, of their mirrors, and labels (B,), for each batch.
+
+    Never under autocast: in bf16 latents are 1.1 % off. A consumer in exact_fp32() excludes TF32, too.
+    """
+    for images, labels in load_images(data, order, encoder.mean.device, workers):
+        views = [images, images.flip(-1)] if flip else [images]
+        yield torch.stack([encoder(view) for view in views], dim=1), labels
+
+
+@exact_fp32()
+def latent_statistics(latents):
+    """Mean and population variance, each (C,G,G), of this and all other ranks' latents (B,V,C,G,G).
+
+    Exact: float64 sums in one pass. (The released code keeps a momentum-0.1 running average, which depends on
+    order and batch size.)
+    """
+    number = 0
+    total = 0
+    for z in latents:
+        z = z.flatten(0, 1)  # (B*V,C,G,G)
+        z = z.cpu().double() if z.device.type == "mps" else z.double()  # mps has no float64
+        total = total + torch.stack([z.sum(0), z.square().sum(0)])
+        number += len(z)
+    # Ranks may have encoded different numbers of images.
+    number = total.new_tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        dist.all_reduce(number)
+    # float64 has room for the difference of two large numbers.
+    mean, square = total / number
+    return mean.float(), (square - mean.square()).float()
+
+
+def load_statistics(path, config, flag="--stats"):
+    """Mean and variance, each (C,G,G), in the file that `flag` names, ours or released.
+
+    config: Encoder.config() of the latents that they are for, at least latent_shape. A missing or None mean
+    is 0, such a variance 1; one of shape (C,) or (C,1,1) holds for all positions. Raises SystemExit for other
+    files, and for statistics of other latents.
+    """
+    file = read_weights(path, flag)
+    check_same(config, "this run", file.get("config", {}), f"{flag} {path}", (*LATENTS, "image_size"))
+    moments = []
+    for key, default in (("mean", 0.0), ("var", 1.0)):
+        value = file.get(key)
+        # Released files have mean None where the encoder's own norm centres the tokens.
+        moment = torch.tensor(default) if value is None else value
+        if not {"mean", "var"} & file.keys() or not torch.is_tensor(moment):
+            raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
+        if moment.ndim == 1:
+            moment = moment[:, None, None]
+        try:
+            # A copy, since the file is mapped and may be replaced while a training runs.
+            moments.append(moment.float().expand(*config["latent_shape"]).clone())
+        except RuntimeError:
+            shapes = f"of latents {[*moment.shape]}, these are {config['latent_shape']}"
+            raise SystemExit(f"{flag} {path}: {shapes}") from None
+    return moments
+
+
+# Images
+
+
+def to_rgb(image):
+    """Convert an open Pillow image to upright 8-bit RGB: 16 bits are scaled, transparency is laid on white.
+
+    Raises whatever Pillow meets in broken pixels, and ValueError for a strip; broken metadata is passed over.
+    """
+    # Resizing the short side of a strip to the size of a crop would take gigabytes.
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: more than 100 times as long as wide")
+    image.load()
+    # With in_place Pillow rotates the pixels before it parses, and may choke on, the rest of the metadata.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+    # Pillow's own conversion of 16-bit grey clips at 255.
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(levels.round().astype(np.uint8))
+
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        highest = image.getchannel("A").getextrema()[1]
+        # Many 32-bit BMPs have an alpha that is 0 throughout: it is no alpha.
+        if highest > 0:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """Cut the centre, size x size, out of a Pillow image as ADM evaluates (Dhariwal & Nichol 2021)."""
+    # ADM halves first: one large bicubic step is of lower quality.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return crop(image, (height - size) // 2, (width - size) // 2, size, size)
+
+
+def random_crop(image, size, rng):
+    """Short side to 1.5 size, then a random size x size crop of a PIL image (stage 1, paper appendix)."""
+    image = resize(image, int(1.5 * size), Image.Resampling.BICUBIC)  # 384 pixels for images of 256
+    # Every window is as likely, the first and the last place included.
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
+    return crop(image, top, left, size, size)
+
+
+class ImageData(Dataset):
+    """The images below a folder; classes are its leaf folders in natural order (list_images).
+
+    Args:
+        root: the folder, or a single image, which the user named by `flag`.
+        size: pixels a side of the images that come out.
+        augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
+        seed: with the epoch and the index it decides every random number of an image.
+        skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
+
+    data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
+    Raises SystemExit where there is no such folder or no image in it.
+    """
+
+    def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
+        self.root = str(root)
+        if os.path.isfile(self.root):
+            # One image is a folder of one.
+            self.root, name = os.path.split(self.root)
+            self.names = np.array([os.fsencode(name)])
+            self.classes = [""]
+            self.labels = np.zeros(1, np.int32)
+        else:
+            self.classes, self.names, self.labels = list_images(self.root, flag)
+        self.size = size
+        self.augment = augment
+        self.seed = seed
+        self.skip_broken = skip_broken
+        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()  # workers write into it
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        # With skip_broken the first readable image after a broken one takes its place.
+        for candidate in range(i, i + len(self)):
+            candidate %= len(self)
+            try:
+                with Image.open(self.path(candidate)) as file:
+                    image = to_rgb(file)
+            except Exception as error:  # Pillow's decoders raise many kinds
+                self.broken[candidate] = True
+                if not self.skip_broken:
+                    problem = f"{self.path(candidate)}: not a readable image ({reason(error)})"
+                    return f"{problem}; repair it, remove it, or --skip-broken"
+                continue
+            # Seeded by (epoch, i), not by the candidate, so a replaced image does not shift other draws.
+            image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
+            return pil_to_tensor(image), int(self.labels[candidate])
+        return f"{self.root}: every image is broken"
+
+    def path(self, i):
+        return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
+
+    def transform(self, image, rng):
+        if self.augment == "crop":
+            return random_crop(image, self.size, rng)
+        image = center_crop(image, self.size)
+        mirrored = self.augment == "flip" and is_mirrored(rng)
+        return ImageOps.mirror(image) if mirrored else image
+
+    def hash(self):
+        """A short hash of the listing."""
+        return hashlib.sha256(self.names.tobytes() + self.labels.tobytes()).hexdigest()[:12]
+
+    def summary(self):
+        """Number, folder and first classes of the images, for a first line of output."""
+        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        classes = f"{len(self.classes)} classes ({names})" if len(self.classes) > 1 else "one class"
+        return f"{len(self)} images of {self.root} in {classes}"
+
+
+def is_mirrored(rng):
+    """Stage 2 sees half of the images mirrored."""
+    return rng.random() < 0.5
+
+
+def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1):
+    """The (epoch, index) pairs of this rank's share of every step: a function of (seed, step) alone.
+
+    An epoch is a new permutation; images that do not fill its last batch are left out.
+    """
+    steps_per_epoch = num // batch_size
+    shuffled = None  # the epoch of the permutation at hand
+    for step in range(first_step, last_step):
+        epoch, k = divmod(step, steps_per_epoch)
+        if epoch != shuffled:
+            order = np.random.default_rng((seed, epoch)).permutation(num)
+            shuffled = epoch
+        # The ranks take turns, so their shares make the batch of one process.
+        batch = order[k * batch_size : (k + 1) * batch_size].tolist()
+        yield [(epoch, i) for i in batch[rank::world]]
+
+
+def even_order(total, num, batch_size, rank=0, world=1):
+    """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
+    # The epoch only seeds augmentation, and these images have none.
+    share = [(0, i * total // num) for i in range(rank, num, world)]
+    return list(BatchSampler(share, batch_size, drop_last=False))
+
+
+def load_images(data, order, device, workers=0):
+    """Yield images (B,3,S,S) in [0,1] float32 and labels (B,) on `device` for each list of keys in `order`.
+
+    Raises SystemExit at a broken image, and where a loading process dies or does not answer.
+    """
+    loader = DataLoader(
+        data,
+        batch_sampler=order,
+        collate_fn=collate_or_problem,
+        num_workers=workers,
+        worker_init_fn=obey_parent,
+        timeout=60 if workers else 0,
+        pin_memory=device.type == "cuda",
+    )
+    try:
+        batches = iter(loader)
+        # torch's handler would raise the death of a worker in the midst of a step; the timeout finds it, too.
+        if workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in batches:
+            if isinstance(batch, str):
+                raise SystemExit(batch)
+            # Bytes travel to the device, a quarter of what floats would take.
+            images, labels = batch
+            yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(
+            f"loading images failed ({reason(error)}); --workers 0 does without processes, and in Docker "
+            "--shm-size gives them more shared memory"
+        ) from None
+
+
+# The command
+
+
+@contextlib.contextmanager
+def keeps_process_settings():
+    """Decorator of a main(): what it changes in its process is put back at its end."""
+    precision = torch.get_float32_matmul_precision()
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    names = (*STOP_SIGNALS, "SIGCHLD")
+    handlers = {number: signal.getsignal(number) for number in signal.Signals if number.name in names}
+    try:
+        with warnings.catch_warnings():
+            yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_flash_sdp(flash)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+@keeps_process_settings()
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = set_up(args)
+
+    # Everything that can be wrong is found before the work.
+    data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
+    num = min(args.num or len(data), len(data))
+    if num < max(2, world):
+        raise SystemExit(f"statistics of {num} images: needed are two, and one for each rank")
+    check_output(args.out)
+    encoder = Encoder(
+        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
+    )
+    encoder.to(device)
+    check_ranks_agree(images=data.hash(), encoder=encoder.hash)
+    if rank == 0:
+        print(
+            f"{demo_notice(args)}{num} of {data.summary()}; {encoder_summary(args, encoder)}; "
+            f"{world} x {device.type}, fp32",
+            file=sys.stderr,
+        )
+
+    # One pass over the images and their mirrors, shared by the ranks
+    order = even_order(len(data), num, max(1, args.batch_size // world), rank, world)
+    views = encode_views(encoder, data, order, args.workers, args.flip)
+    progress = tqdm(views, total=len(order), desc="latent statistics", disable=rank > 0)
+    mean, var = latent_statistics(z for z, _ in progress)
+    broken = count_broken(data, device)
+
+    if rank == 0:
+        config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip, "images": num}
+        statistics = {"mean": mean.cpu(), "var": var.cpu(), "config": config}
+        write_file(args.out, lambda file: torch.save(statistics, file))
+        replaced = f"; {broken} broken images were replaced by others" if broken else ""
+        print(f"{args.out}: mean and variance of {num} images, {[*mean.shape]}{replaced}", file=sys.stderr)
+
+
+def check_output(path):
+    """Raise SystemExit where the file of --out can't be written."""
+    # `x/.` is accessible only if x is a directory.
+    folder = os.path.join(os.path.dirname(path), ".")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise SystemExit(f"--out {path}: not a file in a folder that exists and can be written into")
 
 
 def parse_args(argv=None):
-    parser = common_parser(__doc__, PRESETS)
+    parser = common_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
     # torchrun takes --num for an abbreviation of a flag of its own.
-    add("-n", "--num", type=count, help="images, drawn evenly; default: all; under torchrun only as -n")
+    add(
+        "-n", "--num", type=positive_int, help="images, drawn evenly; default: all; under torchrun only as -n"
+    )
     add("--out", default="stats.pt", help="file for the statistics (%(default)s)")
     return parse_with_preset(parser, PRESETS, argv)
 
 
-# Flags: what the scripts have in common
+# ---- Shared by the scripts: flags, devices, files, folders. Nothing below this line changes a number. ----
+
+# Presets list only what differs from the flag defaults; those are the released 256 px recipe. All scripts
+# share their images and encoder. The demo's encoder is small and untrained.
+DEMO = {
+    "data": "data/demo",
+    "image_size": 32,
+    "patch_size": 8,
+    "encoder": "test_vit",
+    "encoder_weights": "random",
+    "workers": 2,
+}
+# 8x8 tokens of width 384. Latents of the last layer alone decode to blurred images (RAEv2, section 3).
+SMALL = {"image_size": 64, "patch_size": 8, "encoder": "dinov2-small", "layers": "all"}
+RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}  # Singh et al. 2026, K = 7
+PRESETS = {
+    "demo": DEMO | {"batch_size": 100},
+    "small": SMALL,
+    "imagenet256": {},
+    "imagenet512": {"image_size": 512, "batch_size": 64},
+    "raev2": RAEV2,
+}
+# Keys of Encoder.config()
+LATENTS = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
+AUTOENCODER = ("diffusion_pytorch_model.safetensors", "config.json")  # the files of diffusers' format
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # job schedulers, Ctrl-C, hangup, job schedulers
+# Pillow refuses PNG text and colour profiles over 1 MB, but a picture is whole whatever its metadata.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake ends in one line, which names the nearest flag."""
+# Flags
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake ends in one line."""
 
     def __init__(self, **options):
         # Most flags and their help share a line, and no list of all flags comes before them.
@@ -118,12 +587,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=layout, usage=usage, allow_abbrev=False, **options)
 
     def error(self, message):
-        # argparse names the nearest choice of a value, but not the nearest flag.
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_help())
-            near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1)
-            message += f" (perhaps {near[0]}?)" if near else ""
         raise SystemExit(f"{self.prog}: {message}; --help lists the flags")
 
 
@@ -142,74 +605,90 @@ def bounded(convert, fits, expected):
 
 
 # inf and nan fit nowhere: every comparison with nan is false.
-count = bounded(int, lambda value: value >= 1, "a whole number from 1")
-whole = bounded(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
-positive = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
-amount = bounded(float, lambda value: 0 <= value < math.inf, "a number from 0")
-fraction = bounded(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+positive_int = bounded(int, lambda value: value >= 1, "a whole number from 1")
+non_negative_int = bounded(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
+positive_float = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
+non_negative_float = bounded(float, lambda value: 0 <= value < math.inf, "a number from 0")
+share_below_one = bounded(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def layer_list(text):
-    """An argparse type: blocks as 5,7,9,11, two or more, ascending, from 0; None for `last`."""
-    if text == "last":
-        return None
+    """An argparse type: `last`, `all`, or the numbers of two or more blocks, ascending, from 0."""
+    if text in ("last", "all"):
+        return text
     layers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
     if len(layers) < 2 or layers != sorted(set(layers)) or layers[0] < 0:
-        raise argparse.ArgumentTypeError(f"expected two or more blocks, ascending, as 5,7,9,11, got {text}")
+        raise argparse.ArgumentTypeError(f"expected last, all, or ascending blocks as 5,7,9,11, got {text}")
     return layers
 
 
-def common_parser(description, presets):
+def common_parser(description):
     """A parser with the flags of every stage that encodes images."""
-    parser = Parser(description=description)
-    help = "the defaults of other flags; default: small with --data, demo without"
-    parser.add_argument("--preset", choices=presets, help=help)
+    parser = OneLineParser(description=description)
+    default = "the defaults of other flags; default: small with --data, demo without"
+    parser.add_argument("--preset", choices=PRESETS, help=default)
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
-    add("--image-size", type=count, default=256, help="pixels a side (%(default)s)")
+    add("--image-size", type=positive_int, default=256, help="pixels a side (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
+    mirrored = "mirror half of the images in stage 2; --no-flip for letters, digits, signs"
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help=mirrored)
 
     add = parser.add_argument_group("encoder").add_argument
     names = ", ".join(ALIASES)
     add("--encoder", default="dinov2-base", help=f"{names}, or any timm ViT by its full name (%(default)s)")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the hub's")
-    add("--encoder-size", type=count, help="pixels a side that it sees; default: patch * image size / 16")
+    add("--encoder-size", type=positive_int, help="pixels a side that it sees; default: by --patch-size")
+    tokens = "pixels of the image that a token stands for, a side (%(default)s; small, demo: 8)"
+    add("--patch-size", type=positive_int, default=16, help=tokens)
+    blocks = "blocks to average, from 0 (RAEv2): `all` but the first, a list I,J,..., or the `last` alone"
     add(
         "--layers",
         type=layer_list,
-        metavar="I,J,...",
-        help="blocks to average, from 0 (RAEv2), or `last`, the default but for small, raev2",
+        default="last",
+        metavar="LIST",
+        help=f"{blocks} (%(default)s; small: all)",
     )
 
     add = computing_flags(parser)
-    add("--seed", type=whole, default=0, help="of every random number (%(default)s)")
+    add("--seed", type=non_negative_int, default=0, help="of every random number (%(default)s)")
     return parser
 
 
 def computing_flags(parser):
-    """Adds the flags that sample.py has as well; returns how to add more to their group."""
+    """Add the flags that sample.py has as well; return how to add more to their group."""
     add = parser.add_argument_group("computing").add_argument
-    workers = min(8, os.cpu_count())
-    add("--batch-size", type=count, default=256, help="images a step, over all ranks (%(default)s)")
-    add("--workers", type=whole, default=workers, help="loading processes of a rank (%(default)s)")
+    add("--batch-size", type=positive_int, default=256, help="images a step, over all ranks (%(default)s)")
+    processes = "loading processes of a rank (%(default)s)"
+    add("--workers", type=non_negative_int, default=default_workers(), help=processes)
     add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
     return add
 
 
-def training_parser(description, presets):
+def default_workers():
+    """One loading process for each core that a rank of this machine may use, at most 8."""
+    # Containers and job schedulers give a process fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def training_parser(description):
     """common_parser with the flags that both trainings take; returns it and their group."""
-    parser = common_parser(description, presets)
+    parser = common_parser(description)
     group = parser.add_argument_group("training")
-    # One of the two: a preset has the other, which then does not count.
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, help="passes over the data (%(default)s)")
-    length.add_argument("--steps", type=count, help="instead of --epochs (%(default)s)")
+    length.add_argument("--epochs", type=positive_float, help="passes over the data (%(default)s)")
+    length.add_argument("--steps", type=positive_int, help="instead of --epochs (%(default)s)")
     add = group.add_argument
-    add("--accum", type=count, default=1, help="micro-batches a step, to save memory (%(default)s)")
-    add("--lr", type=amount, default=2e-4, help="AdamW's learning rate, the paper's (%(default)s)")
-    add("--final-lr", type=amount, default=2e-5, help="where its decay ends, the paper's (%(default)s)")
-    add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where hardware has it")
+    add("--accum", type=positive_int, default=1, help="micro-batches a step, to save memory (%(default)s)")
+    add(
+        "--lr", type=non_negative_float, default=2e-4, help="AdamW's learning rate, the paper's (%(default)s)"
+    )
+    add("--final-lr", type=non_negative_float, default=2e-5, help="where its decay ends (%(default)s)")
+    averaged = "decay of the averaged weights (%(default)s; unless it is given, at most 1 - 10 / steps)"
+    add("--ema", type=share_below_one, help=averaged)
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where it is faster")
     add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     add("--init", metavar="FILE", help="weights that a new run starts from: a checkpoint or a released file")
@@ -219,42 +698,68 @@ def training_parser(description, presets):
 
     add = parser.add_argument_group("output").add_argument
     add("--out", help="run folder: last.pt, metrics.jsonl, preview-*.png (%(default)s)")
-    add("--log-every", type=count, default=100, help="steps (%(default)s)")
-    add("--preview-every", type=whole, default=2500, help="steps; 0 is off (%(default)s)")
-    add("--save-every", type=count, default=2500, help="steps between versions of last.pt (%(default)s)")
-    add("--keep-every", type=count, help="steps between copies that stay, a multiple of --save-every")
+    add("--log-every", type=positive_int, default=100, help="steps (%(default)s)")
+    add("--preview-every", type=non_negative_int, default=2500, help="steps; 0 is off (%(default)s)")
+    add(
+        "--save-every",
+        type=positive_int,
+        default=2500,
+        help="steps between versions of last.pt (%(default)s)",
+    )
+    add("--keep-every", type=positive_int, help="steps between copies that stay, a multiple of --save-every")
     return parser, group
 
 
-def parse_with_preset(parser, presets, argv):
-    """Flags over the defaults of their preset. Raises SystemExit for a preset without its data."""
-    # These decide other defaults, so they are looked at first.
-    first = Parser(add_help=False)
-    for flag in ("preset", "data", *REPLACED):
-        first.add_argument(f"--{flag.replace('_', '-')}", dest=flag)
-    given = first.parse_known_args(argv)[0]
-    name = given.preset or ("small" if given.data else "demo")
-    # What is dropped from the preset falls back to the flags' own defaults.
-    preset = dict(presets.get(name, {}))
-    for flag, keys in REPLACED.items():
-        asked = getattr(given, flag)
-        ours = str(preset.get(flag))
-        # A network is named with its own sizes, also where the preset's has that name.
-        if asked and (flag == "model" or full_name(asked) != full_name(ours)):
-            for key in keys:
-                preset.pop(key, None)
-    parser.set_defaults(**preset, preset=name)
-    args = parser.parse_args(argv)
+def explicit_flags(parser, argv):
+    """The flags that are on the command line, as {name: value}; --help is left for later."""
+    argv = [text for text in (sys.argv[1:] if argv is None else argv) if text not in ("-h", "--help")]
+    # argparse sets a default only where the namespace has no value, and here all are None.
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    flags = vars(parser.parse_args(argv, namespace))
+    return {name: value for name, value in flags.items() if value is not None}
 
-    # Only the demo makes its own images.
+
+def parse_with_preset(parser, presets, argv, inherited=()):
+    """Flags over `inherited`, a checkpoint's, over the defaults of their preset.
+
+    args.explicit lists the names on the command line. Raises SystemExit for a preset without its data.
+    """
+    explicit = explicit_flags(parser, argv)
+    inherited = dict(inherited)
+    name = explicit.get("preset") or inherited.get("preset")
+    if name is None:
+        name = "small" if "data" in explicit else "demo"
+    if name == "demo" and "data" in explicit:
+        raise SystemExit(f"--data {explicit['data']}: the demo draws its own images; name another --preset")
+    parser.set_defaults(**{**presets[name], **inherited, "preset": name})
+    # Both say how long to train, and a preset may have the other one.
+    if "epochs" in explicit:
+        parser.set_defaults(steps=None)
+    args = parser.parse_args(argv)
     if not args.data:
         raise SystemExit(f"--preset {name} needs --data DIR")
-    if name == "demo" and given.data:
-        raise SystemExit(f"--data {given.data}: the demo draws its own images; leave --preset or --data out")
+    args.explicit = sorted(explicit)
     return args
 
 
-# Devices and files
+def ema_decay(args, steps):
+    """--ema; by default at most 1 - 10 / steps, so that a short run's EMA forgets its untrained start."""
+    if "ema" in args.explicit:
+        return args.ema
+    return min(args.ema, max(0.0, 1 - 10 / steps))
+
+
+def demo_notice(args):
+    return "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+
+
+def encoder_summary(args, encoder):
+    """Name, weights and latents of the encoder, for a first line of output."""
+    weights = f" ({args.encoder_weights})" if args.encoder_weights else ""
+    return f"{args.encoder}{weights} {encoder.config()['latent_shape']}"
+
+
+# Devices and processes
 
 
 def choose_device(name=None, local_rank=0):
@@ -266,7 +771,7 @@ def choose_device(name=None, local_rank=0):
     # The CPU is one device for all ranks.
     if name == "cpu":
         return torch.device("cpu")
-    # A torch built for CUDA names it where there is no GPU, too.
+    # current_accelerator() returns cuda on a CUDA build even without a GPU.
     accelerator = torch.accelerator.current_accelerator()
     if not torch.accelerator.is_available() or accelerator.type != name:
         raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
@@ -278,61 +783,93 @@ def choose_device(name=None, local_rank=0):
     return torch.device(name, local_rank)
 
 
-def choose_precision(asked, device):
-    """("bf16" or "fp32", why): --precision, or bf16 where the device multiplies it in hardware."""
+def choose_precision(explicit, device):
+    """("bf16" or "fp32", why): --precision, or bf16 where the device multiplies it faster. Rank 0 decides."""
+    if explicit:
+        return explicit, "as given"
     if device.type in ("cuda", "xpu"):
         hardware = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
-    else:
-        # Before torch 2.10 a CPU does not tell. An emulated bf16 product takes five times fp32's time.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        names = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-        hardware = device.type == "cpu" and any(capabilities.get(name) for name in names)
+        return ("bf16", "in hardware") if hardware else ("fp32", "no bf16 in hardware")
+    if device.type != "cpu":
+        return "fp32", "the default"
 
-    # A flag is obeyed, with a warning in the first line.
-    if asked == "bf16" and not hardware:
-        return asked, "as asked, but not in this hardware: up to five times slower than fp32"
-    if asked:
-        return asked, "as asked"
-    return ("bf16", "in hardware") if hardware else ("fp32", "no bf16 in hardware")
+    # The processor's flags don't tell: with AMX bf16 is four times as fast, with AVX512-BF16 sometimes half.
+    answer = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        bf16 = product_rate(torch.bfloat16)
+        fp32 = product_rate(torch.float32)
+        name = "bf16" if bf16 >= fp32 * 4 / 3 else "fp32"
+        answer = [(name, f"products in bf16 {bf16:.0f}, in fp32 {fp32:.0f} GFLOP/s")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def product_rate(dtype):
+    """GFLOP/s of a product of two 1024 x 1024 matrices on the CPU: the best of those that 12 ms allow."""
+    matrix = torch.ones(1024, 1024, dtype=dtype)
+    fastest = math.inf
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + 0.012:
+        start = time.perf_counter()
+        matrix @ matrix
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * 1024**3 / fastest / 1e9
 
 
 def join_ranks(device_name):
-    """Joins torchrun's process group, if there is one; returns (rank, world size, device)."""
+    """Join torchrun's process group, if there is one; returns (rank, world size, device)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
+        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise SystemExit(f"WORLD_SIZE is {world}, but who the others are is unknown: start with torchrun")
         # torch 2.14 has a new name for this flag of DDP's, older ones don't know it.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         # An hour, since the others wait while rank 0 saves and draws a preview.
         hour = datetime.timedelta(hours=1)
         dist.init_process_group(timeout=hour, device_id=device if device.type == "cuda" else None)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as released: six times fp32's rate on an H100
+        torch.set_float32_matmul_precision("high")  # TF32, as released
     return rank, world, device
 
 
-@contextlib.contextmanager
-def exact_fp32():
-    """Within it, or in a function that it decorates, fp32 is not TF32, convolutions included."""
-    # TF32 keeps 10 of the 23 bits of a mantissa.
-    outside = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(outside)
+def set_up(args):
+    """Begin a script that reads images; returns (rank, world size, device)."""
+    rank, world, device = join_ranks(args.device)
+    keep_freed_memory(device)
+    # On a CPU the fused attention's gradient takes twice the time of the same products one by one, in bf16
+    # and for short sequences ten times. (Despite its name the switch also governs the CPU kernel.)
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
+    # One rank draws, the others wait for it.
+    if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
+        draw_demo(args.data)
+    if world > 1:
+        dist.barrier()
+    return rank, world, device
 
 
-def compile_blocks(blocks, asked, device):
-    """Compiles block by block, since one compilation serves all of one size. asked: None means on CUDA.
+def check_ranks_agree(**values):
+    """Raise SystemExit, on every rank, where the ranks read different values: disks may show files late."""
+    if not dist.is_initialized():
+        return
+    ranks = [None for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, values)
+    for key, first in ranks[0].items():
+        for rank, other in enumerate(ranks):
+            if other[key] != first:
+                problem = f"{key} is {first} on rank 0, {other[key]} on rank {rank}"
+                raise SystemExit(f"the ranks read different files: {problem}; start again")
+
+
+def compile_blocks(blocks, explicit, device):
+    """Compile block by block, since one compilation serves all of one size. explicit: None means on CUDA.
 
     Raises SystemExit where there is no C compiler.
     """
-    if asked is None:
-        asked = device.type == "cuda"
-    if not asked:
+    wanted = device.type == "cuda" if explicit is None else explicit
+    if not wanted or not len(blocks):
         return
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise SystemExit("torch.compile needs a C compiler, such as gcc; --no-compile goes without")
@@ -343,7 +880,7 @@ def compile_blocks(blocks, asked, device):
 
 
 def keep_freed_memory(device):
-    """glibc gives large blocks back at every free; new pages cost a CPU 10 to 20 % of a training step."""
+    """Make glibc keep freed memory instead of returning it: page faults cost 10 to 20 % of a CPU step."""
     if sys.platform == "linux" and device.type == "cpu":
         libc = ctypes.CDLL(None)
         # Before glibc 2.35 so high a threshold is refused, and its own, which moves, is better left alone.
@@ -351,53 +888,201 @@ def keep_freed_memory(device):
             libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
-def set_up(args):
-    """What the scripts that read images begin with; returns (rank, world size, device)."""
-    rank, world, device = join_ranks(args.device)
-    keep_freed_memory(device)
-    # On a CPU the fused attention's gradient takes twice the time of the same products one by one, in bf16
-    # and for short sequences ten times.
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
-    # One rank draws, the others wait for it.
-    if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
-        try:
-            draw_demo(args.data)
-        except OSError as error:
-            raise SystemExit(f"{args.data}: the demo's images can't be drawn ({reason(error)})") from None
-    if world > 1:
-        dist.barrier()
-    return rank, world, device
+def collate_or_problem(samples):
+    """A batch, or the text of its first broken image: an exception would bring a worker's traceback."""
+    problems = [sample for sample in samples if isinstance(sample, str)]
+    return problems[0] if problems else default_collate(samples)
+
+
+def obey_parent(_worker):
+    """Let a worker ignore Ctrl-C, which reaches the whole group, and end quietly at the loader's SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def run(main):
-    """main(), which Ctrl-C ends in one line and with exit code 130, as the shell has it."""
+    """Run main(); on Ctrl-C print one line and exit with 130."""
     try:
         main()
     except SystemExit:
-        # The last line would stand behind a progress bar that is still open.
+        # The error's line would stand behind a progress bar that is still open.
         for bar in list(tqdm._instances):
             bar.close()
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("\ninterrupted; nothing new was written, the same command starts again", file=sys.stderr)
-        sys.exit(130)
+            print("\ninterrupted; the same command goes on with what is saved", file=sys.stderr, flush=True)
+        # sys.exit waits for loading processes, for ever where they had only half started.
+        os._exit(130)
+
+
+# Runs: what the two trainings have in common before and around their loops
+
+
+def plan_steps(images, args, world):
+    """(steps an epoch, steps of the run). Raises SystemExit for a batch that images or ranks don't fill."""
+    batch_size = args.batch_size
+    if images < batch_size:
+        raise SystemExit(f"--data {args.data}: {images} images, fewer than --batch-size {batch_size}")
+    if batch_size % (world * args.accum):
+        raise SystemExit(f"--batch-size {batch_size} is no multiple of {world} ranks x {args.accum} --accum")
+    if args.keep_every and args.keep_every % args.save_every:
+        raise SystemExit(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
+    # Images that do not fill a batch are left out of the epoch, other ones each time.
+    steps_per_epoch = images // batch_size
+    return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
+
+
+def catch_signals():
+    """A list that stop signals fill from here on, so that the step that is running comes to its end."""
+    stops = []
+    first = math.inf  # time of the first signal
+
+    def note(number, _frame):
+        nonlocal first
+        # torchrun repeats a Ctrl-C within a second; a later one is the user's second, and ends at once.
+        if number == signal.SIGINT and time.monotonic() > first + 1:
+            os._exit(130)
+        first = min(first, time.monotonic())
+        stops.append(number)
+
+    for number in signal.Signals:
+        # Under nohup SIGHUP is ignored, but torchrun passes it on and then kills.
+        ignored = signal.getsignal(number) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
+        if number.name in STOP_SIGNALS and not ignored:
+            signal.signal(number, note)
+    return stops
+
+
+def open_log(folder):
+    """The run folder's metrics.jsonl, locked while this process lives, and TensorBoard's writer or None."""
+    check_own_folder(folder, "metrics.jsonl", "last.pt")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
+    except BlockingIOError:
+        raise SystemExit(f"--out {folder}: another run is in it; stop it or name another folder") from None
+    except (ImportError, OSError) as error:
+        # Windows has no fcntl, and some network disks have no locks.
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK):
+            raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
+        print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception:  # not installed, or another package of that name
+        return file, None
+    return file, SummaryWriter(folder)
+
+
+def write_log(log, step, record):
+    """Append one JSON object, written at once since others may read along, and TensorBoard's scalars."""
+    file, board = log
+    try:
+        print(json.dumps({"step": step, "time": round(time.time(), 1), **record}), file=file)
+    except OSError as error:
+        raise SystemExit(f"{file.name}: can't be written ({reason(error)})") from None
+    if board:
+        for name, value in record.items():
+            board.add_scalar(name, value, step)
+
+
+def log_picture(log, step, path):
+    """Show the PNG of a preview in TensorBoard, where that is installed."""
+    board = log[1]
+    if board and os.path.exists(path):
+        board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
+
+
+def read_start(args, checkpoint_format):
+    """The checkpoint of --resume, or the run folder's last.pt, with its path; {} where there is none.
+
+    Raises SystemExit for a file of another format, and where the demo and another training meet.
+    """
+    path = args.resume or f"{args.out}/last.pt"
+    if not args.resume and not os.path.exists(path):
+        return {}
+    start = read_weights(path, "--resume")
+    if start.get("format") != checkpoint_format or not start.keys() >= {
+        "config",
+        "model",
+        "optimizer",
+        "args",
+    }:
+        raise SystemExit(f"--resume {path}: not a whole {checkpoint_format} checkpoint")
+    # The encoder may have to be fetched before configs can be compared.
+    demo = args.preset == "demo"
+    if demo != (start["args"].get("preset") == "demo"):
+        raise SystemExit(
+            f"{path} is {'not ' if demo else ''}of the demo, unlike this run: name another --out"
+        )
+    return {**start, "path": path}
+
+
+def count_broken(data, device):
+    """Number of images that were broken on any rank."""
+    broken = data.broken.to(device).int()
+    if dist.is_initialized():
+        dist.all_reduce(broken)
+    return int(broken.count_nonzero())
+
+
+def end_of_run(args, rank, progress, step, steps, data, device, stops, command):
+    """Print the last line of a training, with the command that comes next; raise what ended it early."""
+    progress.close()
+    broken = count_broken(data, device)
+    if rank == 0:
+        replaced = f"; {broken} broken images were replaced by others" if args.skip_broken else ""
+        end = f"next: {command}" if step == steps else "stopped; the same command goes on (without --resume)"
+        print(f"{args.out}/last.pt: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
+    if stops and isinstance(stops[0], SystemExit):
+        raise stops[0]
+
+
+def next_command(script, world, out, name, **flags):
+    """A command line to paste: the script with its flags, for as many processes as this run has.
+
+    A run folder out of its default place gets a neighbour for the output, called `name`.
+    """
+    words = ["python", script] if world == 1 else ["torchrun", "--nproc_per_node", str(world), script]
+    if os.path.dirname(out) != "runs":
+        flags["out"] = os.path.join(os.path.dirname(out), name)
+    for flag, value in flags.items():
+        words += [f"--{flag}", value]
+    return shlex.join(words)
+
+
+def first_line(args, rank, data, networks, model, computing, step, steps):
+    """Print the data, the networks, the size of the trained one and how it is trained; return a bar."""
+    if rank == 0:
+        millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+        line = f"{demo_notice(args)}{data.summary()}; {networks} ({millions:.1f} M parameters); {computing}"
+        print(f"{line}; step {step} of {steps}", file=sys.stderr)
+    return tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+
+
+def parallel(network, blocks, compiled, device):
+    """The network as it is trained: its blocks compiled, and in DDP."""
+    compile_blocks(blocks, compiled, device)
+    return DistributedDataParallel(network, broadcast_buffers=False) if dist.is_initialized() else network
+
+
+# Files and folders
 
 
 def reason(error):
-    """An error as part of a line; of PyTorch's list of keys that don't fit, the first."""
-    # Of several lines the first says what happened.
+    """First line of an error message (for load_state_dict errors, the first bad key)."""
     lines = re.sub(r"^Error\(s\) in loading.*\n\s*", "", str(error).strip()).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 def announce_fetch(repository, name):
-    """Says where a file of the hub is, or at once that it is fetched: the hub's tools retry in silence."""
+    """Print at once which file of the hub is wanted: the hub's tools retry in silence."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints every retry
-    cached = try_to_load_from_cache(repository, name)
-    place = cached if isinstance(cached, str) else f"fetching it into {HF_HUB_CACHE}"
     if os.environ.get("RANK", "0") == "0":
-        print(f"hub:{repository}/{name}: {place}", file=sys.stderr, flush=True)
+        print(f"hub:{repository}/{name}, fetched into {HF_HUB_CACHE} where it is missing", file=sys.stderr)
 
 
 def local_file(path, flag):
@@ -429,30 +1114,30 @@ def local_file(path, flag):
 
 
 def read_autoencoder(folder):
-    """A folder in the format of diffusers' AutoencoderRAE: its state dict, and what it tells of its sizes.
+    """A folder in the format of diffusers' AutoencoderRAE: its state dict, and the sizes that it implies.
 
     config: as in our checkpoints, with "heads" and, where it has them, "statistics" (mean, var) of latents.
     sizes: of our Decoder. Raises OSError, KeyError or ValueError for another folder.
     """
     with open(f"{folder}/config.json") as file:
-        theirs = json.load(file)
+        released = json.load(file)
     # The encoder in it is Hugging Face's and not read: ours is timm's.
     state = load_file(f"{folder}/{AUTOENCODER[0]}")
-    width = theirs["encoder_hidden_size"]
+    width = released["encoder_hidden_size"]
     size = {384: "small", 768: "base", 1024: "large"}[width]
-    grid = theirs["encoder_input_size"] // theirs["encoder_patch_size"]
+    grid = released["encoder_input_size"] // released["encoder_patch_size"]
     config = {
-        "encoder": f"{theirs['encoder_type']}-{size}",
-        "encoder_size": theirs["encoder_input_size"],
-        "image_size": grid * theirs["patch_size"],
+        "encoder": ALIASES[f"{released['encoder_type']}-{size}"],
+        "encoder_size": released["encoder_input_size"],
+        "image_size": grid * released["patch_size"],
         "latent_shape": [width, grid, grid],
-        "heads": theirs["decoder_num_attention_heads"],
+        "heads": released["decoder_num_attention_heads"],
     }
-    # Of one number where there are none. The authors add 1e-5 to the variance, and this is its root.
+    # A file without statistics stores a single number. `_latents_std` is sqrt(var + 1e-5): undo that.
     if state["_latents_mean"].numel() > 1:
         config["statistics"] = (state["_latents_mean"], state["_latents_std"].square() - 1e-5)
     pixels = {key: state[f"encoder_{key}"].flatten().tolist() for key in ("mean", "std")}
-    return {"model": state, "config": config, "sizes": pixels | {"grid": grid}}
+    return {"model": state, "config": config, "sizes": {**pixels, "grid": grid}}
 
 
 def read_weights(path, flag):
@@ -466,15 +1151,15 @@ def read_weights(path, flag):
             return read_autoencoder(file)
         if file.endswith(".safetensors"):
             return load_file(file)
-        # Files of before torch 1.6, such as torchvision's VGG-16, are no zip files and can't be mapped.
+        # Files written before torch 1.6, such as torchvision's VGG-16, are no zip files and can't be mapped.
         mapped = zipfile.is_zipfile(file)
         return dict(torch.load(file, map_location="cpu", mmap=mapped, weights_only=True))
     except Exception as error:  # torch and safetensors raise many kinds
         raise SystemExit(f"{flag} {path}: not a file of weights ({reason(error)})") from None
 
 
-def write_file(path, write):
-    """Calls write(file) on a file beside `path` and then renames it: nobody ever reads half of one.
+def write_file(path, write, sync=True):
+    """Call write(file) on a file beside `path`, then rename it: nobody ever reads half of one.
 
     Raises SystemExit where that fails, as on a full disk.
     """
@@ -482,9 +1167,10 @@ def write_file(path, write):
     try:
         with open(temporary, "wb") as file:
             write(file)
-            # The name must not reach the disk before what it names.
             file.flush()
-            os.fsync(file.fileno())
+            # fsync before the rename, or a crash can leave the new name on an empty file.
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -501,59 +1187,50 @@ def fingerprint(tensors):
     return digest.hexdigest()[:12]
 
 
-def full_name(encoder):
-    """timm's own name of an encoder that may be named by an alias."""
-    return ALIASES.get(encoder, encoder)
+def weights_hash(file):
+    """A short hash of the first values of each tensor in a file of weights, of its EMA where it has one."""
+    state = file.get("ema") or file.get("model") or file
+    return fingerprint(state[key].flatten()[:1000] for key in sorted(state) if torch.is_tensor(state[key]))
 
 
-def complete(config):
-    """A checkpoint's config with what older versions leave out; a released file tells next to nothing."""
-    return OLDER | config if "encoder_size" in config else config
+def check_same(config, name, other, other_name, keys=LATENTS, remedy="they don't belong together"):
+    """Raise SystemExit, with both values, where two configs differ in a key that both of them have.
+
+    Encoders are compared by the hash of their weights where both know it. A released file has no config.
+    """
+    for key in keys:
+        if key == "encoder" and "encoder_hash" in config and "encoder_hash" in other:
+            continue
+        if key in config and key in other and config[key] != other[key]:
+            # A list of classes is long.
+            values = f"{name} has {key} {config[key]!s:.80}, {other_name} has {other[key]!s:.80}"
+            raise SystemExit(f"{values}: {remedy}")
 
 
-def difference(config, other):
-    """The first key that both configs have, with different values, or None; weights count, not names."""
-    other = complete(other)
-    # An encoder of one hash, or of an alias and its full name, is one; two unknown hashes are not one.
-    same_hash = config.get("encoder_hash", "unknown") == other.get("encoder_hash")
-    same_name = full_name(config.get("encoder")) == full_name(other.get("encoder"))
-    for key, value in config.items():
-        if other.get(key, value) != value and not (key == "encoder" and (same_hash or same_name)):
-            return key
-    return None
-
-
-def check_pair(flow, flow_name, decoder, decoder_name):
-    """Raises SystemExit where the configs of a flow and of a decoder tell of different latents."""
-    names = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
-    # The image sizes may differ: a decoder can have larger patches than the encoder.
-    flow = complete(flow)
-    # A released file does not name its encoder: what is not known can't differ.
-    ours = {name: flow[name] for name in names if name in flow}
-    key = difference(ours, decoder)
-    if key:
-        problem = f"{flow_name} has {key} {ours[key]}, {decoder_name} has {complete(decoder)[key]}"
-        raise SystemExit(f"{problem}: they are no pair")
-
-
-# Images
+def check_own_folder(out, *marks):
+    """Raise SystemExit where the folder of --out has files, but none of `marks`, which this script leaves."""
+    foreign = os.path.isdir(out) and os.listdir(out)
+    if foreign and not any(os.path.exists(f"{out}/{mark}") for mark in marks):
+        raise SystemExit(f"--out {out}: has files that are not this script's; name a new or empty folder")
 
 
 def natural_order(names):
     """Names sorted with numbers by value; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
-    # Padded to the longest that a name can have, behind a character that sorts before any text.
-    pad = partial(re.compile("[0-9]+").sub, lambda digits: "\0" + digits[0].zfill(255))
-    return sorted(sorted(names), key=lambda name: pad(name.lower()))  # sorting leaves ties as they are
+
+    def key(name):
+        parts = re.split(r"(\d+)", name.lower())  # text and digits in turn
+        return [int(part) if part.isdecimal() else part for part in parts], name
+
+    return sorted(names, key=key)
 
 
 def list_images(root, flag):
-    """The images below the folder `root`, which `flag` names -> classes, names, labels, left_out.
+    """The images below the folder `root`, which `flag` names -> classes, names, labels.
 
     classes: the folders with images, relative to root (root itself is ""), each level in natural order. names
     (N,), bytes: the file names, class by class, each in natural order. labels (N,), int32: the class of each.
-    left_out: what was not taken, in words, or "". Links are followed, each real folder is listed once, and
-    names that begin with a dot are skipped. Raises SystemExit where a folder can't be read, where images lie
-    beside class folders, and where there is no image.
+    Links are followed, each real folder is listed once, and names that begin with a dot are skipped. Raises
+    SystemExit for a folder that can't be read, that has images beside class folders, or no image, or parts.
     """
 
     def refuse(error):
@@ -561,27 +1238,33 @@ def list_images(root, flag):
 
     classes = []
     names = []  # an array a class: a million strings would take 100 MB
-    left_out = {"files of other kinds": 0, "folders without images": 0, "folders listed before": 0}
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        # A link to a folder that was listed, such as a parent, ends there.
         real = os.path.realpath(folder)
         if real in listed:
-            left_out["folders listed before"] += 1
-            subfolders.clear()  # a link to itself or a parent ends here
+            subfolders.clear()
             continue
         listed.add(real)
 
-        # os.walk goes on with what is left in this list, in its order.
+        # Two or more such folders are the parts of a data set, of which one is for training.
+        if folder == root:
+            parts = [
+                name for name in subfolders if name.lower() in ("train", "val", "valid", "validation", "test")
+            ]
+            if len(parts) > 1:
+                raise SystemExit(
+                    f"{flag} {root}: has the parts {', '.join(parts)}; name one: {root}/{parts[0]}"
+                )
+
+        # os.walk goes on with the names in this list, in its order.
         subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
-        files = [name for name in files if name[0] != "."]
-        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
-        left_out["files of other kinds"] += len(files) - len(images)
+        images = [name for name in files if name[0] != "." and name.lower().endswith(EXTENSIONS)]
         if not images:
-            left_out["folders without images"] += not subfolders
             continue
 
-        # A folder is followed by what is below it: comparing with the class before finds all mixtures.
-        relative = folder[len(os.path.join(root, "")) :]
+        # os.walk is depth-first, so a folder above this one with images is always the class before.
+        relative = os.path.relpath(folder, root) if folder != root else ""
         if classes and relative.startswith(os.path.join(classes[-1], "")):
             beside = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
             mixture = f"{beside} lies beside the class folder {folder}"
@@ -589,130 +1272,14 @@ def list_images(root, flag):
         classes.append(relative)
         names.append(np.array([os.fsencode(name) for name in natural_order(images)]))
 
-    counts = ", ".join(f"{kind} ({count})" for kind, count in left_out.items() if count)
     if not classes:
-        raise SystemExit(f"{flag} {root}: no {' '.join(EXTENSIONS)} in it; left out: {counts}")
+        raise SystemExit(f"{flag} {root}: no {' '.join(EXTENSIONS)} in it")
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(array) for array in names])
-    return classes, np.concatenate(names), labels, f"left out: {counts}" if counts else ""
-
-
-def to_rgb(image):
-    """An open Pillow image -> RGB, 8 bit: upright by its EXIF tag, 16 bits scaled, transparency on white.
-
-    Raises whatever Pillow meets in broken pixels; broken metadata is passed over.
-    """
-    image.load()
-    # In place Pillow turns the pixels first, and only then meets what is broken in other metadata.
-    with contextlib.suppress(Exception):  # of many kinds, in a picture that is whole
-        ImageOps.exif_transpose(image, in_place=True)
-
-    # Pillow's own conversion of 16-bit grey clips at 255.
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(levels.round().astype(np.uint8))
-
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def center_crop(image, size):
-    """Pillow image -> its centre, size x size, as ADM evaluates (Dhariwal & Nichol 2021)."""
-    # Halved first, as ADM has it: one large bicubic step is of lower quality.
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width = round(image.width * scale)
-    height = round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return crop(image, (height - size) // 2, (width - size) // 2, size, size)
-
-
-def random_crop(image, size, rng):
-    """PIL image -> short side to 1.5 size, then a random size x size crop (stage 1, paper appendix)."""
-    image = resize(image, int(1.5 * size), Image.Resampling.BICUBIC)  # 384 pixels for images of 256
-    # Every window is as likely, the first and the last place included.
-    left = rng.integers(image.width - size + 1)
-    top = rng.integers(image.height - size + 1)
-    return crop(image, top, left, size, size)
-
-
-class ImageData(Dataset):
-    """The images below a folder; classes are its leaf folders in natural order (list_images).
-
-    Args:
-        root: the folder, or a single image, given by `flag`.
-        size: pixels a side of the images that come out.
-        augment: None (centre crop), "crop" (stage 1) or "flip" (stage 2: centre crop, half of them mirrored).
-        seed: with the epoch and the index it decides every random number of an image.
-        skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
-
-    data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
-    `about` names the folder and what in it was left out.
-    Raises SystemExit where there is no such folder or no image in it.
-    """
-
-    def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
-        self.root = str(root)
-        self.flag = flag
-        self.about = self.root
-        if os.path.isfile(self.root):  # one image is a folder of one
-            self.root, name = os.path.split(self.root)
-            self.names = np.array([os.fsencode(name)])
-            self.classes = [""]
-            self.labels = np.zeros(1, np.int32)
-        else:
-            self.classes, self.names, self.labels, left_out = list_images(self.root, flag)
-            if left_out:
-                self.about += f" ({left_out})"
-        self.size = size
-        self.augment = augment
-        self.seed = seed
-        self.skip_broken = skip_broken
-        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()  # workers write into it
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, key):
-        epoch, i = key
-        # The image itself, or with skip_broken the first after it that can be read.
-        for candidate in range(i, i + len(self)):
-            candidate %= len(self)
-            try:
-                with Image.open(self.path(candidate)) as file:
-                    image = to_rgb(file)
-            except Exception as error:  # Pillow's decoders raise many kinds
-                self.broken[candidate] = True
-                if not self.skip_broken:
-                    problem = f"{self.path(candidate)}: not a readable image ({reason(error)})"
-                    return f"{problem}; repair it, remove it, or --skip-broken"
-                continue
-            # Of (epoch, i) alone, whatever image came in the place of a broken one.
-            image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
-            return pil_to_tensor(image), int(self.labels[candidate])
-        return f"{self.flag} {self.about}: every image is broken"
-
-    def path(self, i):
-        return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
-
-    def transform(self, image, rng):
-        if self.augment == "crop":
-            return random_crop(image, self.size, rng)
-        image = center_crop(image, self.size)
-        mirrored = self.augment == "flip" and is_mirrored(rng)
-        return ImageOps.mirror(image) if mirrored else image
-
-
-def is_mirrored(rng):
-    """Stage 2 sees half of the images mirrored."""
-    return rng.random() < 0.5
+    return classes, np.concatenate(names), labels
 
 
 def draw_demo(folder, num=2000, size=32):
-    """Draws the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
+    """Draw the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
     rng = np.random.default_rng(0)
     temporary = f"{folder}.{os.getpid()}.tmp"
     for i in range(num):
@@ -744,283 +1311,6 @@ def draw_demo(folder, num=2000, size=32):
     if not os.path.isdir(folder):
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1):
-    """The (epoch, index) pairs of this rank's share of every step: a function of (seed, step) alone.
-
-    An epoch is a new permutation; what does not fill its last batch is left out.
-    """
-    steps_per_epoch = num // batch_size
-    shuffled = None  # the epoch of the permutation at hand
-    for step in range(first_step, last_step):
-        epoch, k = divmod(step, steps_per_epoch)
-        if epoch != shuffled:
-            order = np.random.default_rng((seed, epoch)).permutation(num)
-            shuffled = epoch
-        # The ranks take turns, so their shares make the batch of one process.
-        batch = order[k * batch_size : (k + 1) * batch_size].tolist()
-        yield [(epoch, i) for i in batch[rank::world]]
-
-
-def even_order(total, num, batch_size, rank=0, world=1):
-    """This rank's share of `num` images drawn evenly from `total`, in batches of `batch_size`."""
-    # Epoch 0: a centre crop draws nothing.
-    mine = [(0, i * total // num) for i in range(rank, num, world)]
-    return list(BatchSampler(mine, batch_size, drop_last=False))
-
-
-def collate(samples):
-    # A text and no exception: one from a worker would come with the worker's traceback.
-    errors = [sample for sample in samples if isinstance(sample, str)]
-    return errors[0] if errors else default_collate(samples)
-
-
-def ignore_signals(_worker):
-    """Ctrl-C and SIGTERM reach the whole group; the workers must live on for the step that is running."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def load_images(data, order, device, workers=0):
-    """Yields (images (B,3,S,S) in [0,1] float32, labels (B,)) on `device` for each list of keys in `order`.
-
-    Raises SystemExit at a broken image.
-    """
-    loader = DataLoader(
-        data,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise SystemExit(batch)
-        # Bytes travel to the device, a quarter of what floats would take.
-        images, labels = batch
-        yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
-
-
-# Encoder
-
-
-def timm_name(name):
-    """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
-    # Without a tag any architecture of timm will do, with one its weights must exist.
-    full = full_name(name)
-    if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
-        raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
-    return full
-
-
-def load_vit(name, weights, flag="--encoder"):
-    """timm's ViT `name` with weights from the hub (None), from a file, or "random"; see Encoder."""
-    options = {}
-    if "siglip" in name:
-        options["act_layer"] = "gelu_tanh"  # as Hugging Face's SigLIP 2: without it latents differ by 2e-3
-    repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
-    if weights is None and repository:
-        announce_fetch(repository, "model.safetensors")
-
-    try:
-        if weights not in (None, "random"):
-            state = load_state_dict(local_file(weights, f"{flag}-weights"), weights_only=True)
-            # Without its classifier timm loads it strictly; it converts and resamples as it does its own.
-            state = {key: value for key, value in state.items() if not key.startswith("head.")}
-            options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
-            return timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
-    except Exception as error:  # timm, torch, safetensors and the hub raise many kinds
-        if weights:
-            problem = f"{flag}-weights {weights}: no weights of timm's {name}"
-        else:
-            problem = (
-                f"{flag} {name}: model.safetensors of {repository} can't be fetched from the Hugging Face hub"
-            )
-        raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
-
-
-class Encoder(nn.Module):
-    """A frozen timm ViT: images (B,3,H,W) in [0,1] -> latents (B,C,G,G) (paper section 3.1).
-
-    The patch tokens after the final LayerNorm without its affine: each token has mean 0 and variance 1.
-
-    Args:
-        name: an alias of ALIASES, or any timm ViT by its full name with tag.
-        encoder_size: pixels a side that the ViT sees; default: patch * image_size / 16.
-        layers: numbers of blocks, from 0, whose outputs are averaged (RAEv2); default: the last alone.
-        weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
-
-    Attributes: width C, grid G, encoder_size, layers, hash of the weights, mean and std (3,1,1).
-    Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that don't fit.
-    """
-
-    def __init__(self, name, encoder_size=None, image_size=256, weights=None, layers=None):
-        super().__init__()
-        self.vit = load_vit(timm_name(name), weights)
-        needed = ("num_prefix_tokens", "pos_embed", "set_input_size")
-        plain = all(hasattr(self.vit, attribute) for attribute in needed)
-        if not plain or not isinstance(self.vit.patch_embed, PatchEmbed):
-            raise SystemExit(f"--encoder {name}: not a plain ViT, with patches and tokens of one size")
-        # Before positions are resampled, so that it does not depend on the size.
-        self.hash = fingerprint(self.vit.state_dict().values())
-
-        patch = self.vit.patch_embed.patch_size[0]
-        self.encoder_size = encoder_size or patch * image_size // 16
-        if self.encoder_size == 0 or self.encoder_size % patch:
-            cause = f"--encoder-size {encoder_size}" if encoder_size else f"--image-size {image_size}"
-            problem = (
-                f"the encoder would see {self.encoder_size} pixels, no multiple of its patch size, {patch}"
-            )
-            raise SystemExit(f"{cause}: {problem}; give another --encoder-size")
-        self.width = self.vit.embed_dim
-        self.grid = self.encoder_size // patch
-        self.resize_positions()
-        self.layers = layers
-        if layers and layers[-1] >= len(self.vit.blocks):
-            raise SystemExit(f"--layers: {name} has blocks 0 to {len(self.vit.blocks) - 1}, not {layers[-1]}")
-
-        # The last norm without its affine; a ViT without one gets it.
-        eps = getattr(self.vit.norm, "eps", 1e-6)
-        self.vit.norm = nn.LayerNorm(self.width, eps, elementwise_affine=False)
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(self.vit.pretrained_cfg[key]).view(3, 1, 1))
-        # Frozen: no dropout, no gradients.
-        self.eval().requires_grad_(False)
-
-    def resize_positions(self):
-        """Fits the ViT to encoder_size, with its positions resampled as the authors' models do it."""
-        native = self.vit.pos_embed  # DINOv3 has none, but rotary positions
-        self.vit.set_input_size(self.encoder_size)
-        # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
-        if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.vit.pretrained_cfg["architecture"]:
-            grid = self.vit.patch_embed.grid_size
-            prefix = self.vit.num_prefix_tokens
-            position = resample_abs_pos_embed(native, grid, num_prefix_tokens=prefix, antialias=False)
-            self.vit.pos_embed = nn.Parameter(position)
-
-    @torch.no_grad()
-    def forward(self, x, weights=None):
-        """weights: (B,L), of the layers in the average of each image; default: 1 / L each."""
-        if x.shape[-2:] != (self.encoder_size, self.encoder_size):
-            x = F.interpolate(x, size=self.encoder_size, mode="bicubic", align_corners=False)
-        x = (x - self.mean) / self.std
-        if self.layers:
-            tokens = self.average(x, weights)
-        else:
-            tokens = self.vit.forward_features(x)  # (B, prefix + N, C)
-            tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B,N,C) class and registers dropped
-        return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
-
-    def average(self, x, weights):
-        """The mean of the layers' normalised tokens, plus the last one's spatial mean (RAEv2, eq. 1)."""
-        # As released for DINOv3; the paper writes a sum.
-        options = {"norm": True, "stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
-        layers = torch.stack(self.vit.forward_intermediates(x, self.layers, **options)).float()  # (L,B,N,C)
-        mean = layers.mean(0) if weights is None else torch.einsum("bl,lbnc->bnc", weights, layers)
-        return mean + layers[-1].mean(1, keepdim=True)  # (B,N,C) + (B,1,C)
-
-
-# Latent statistics
-
-
-def encode_views(encoder, data, order, workers=0):
-    """Yields the latents (B,2,C,G,G) of images and of their mirrors, and labels (B,), for each list of keys.
-
-    In fp32, as released: in bf16 they are 1.1 % off.
-    """
-    for images, labels in load_images(data, order, encoder.mean.device, workers):
-        yield torch.stack([encoder(images), encoder(images.flip(-1))], dim=1), labels
-
-
-@exact_fp32()
-def latent_statistics(latents):
-    """Mean and population variance, each (C,G,G), of this and all other ranks' latents (B,2,C,G,G).
-
-    Exact: float64 sums in one pass. (The released code keeps a momentum-0.1 running average, which depends on
-    order and batch size.)
-    """
-    number = 0
-    total = 0
-    for z in latents:
-        z = z.flatten(0, 1)  # (2B,C,G,G)
-        z = z.cpu().double() if z.device.type == "mps" else z.double()  # mps has no float64
-        total = total + torch.stack([z.sum(0), z.square().sum(0)])
-        number += len(z)
-    # Ranks may have seen different numbers of images.
-    number = total.new_tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        dist.all_reduce(number)
-    # float64 has room for the difference of two large numbers.
-    mean, square = total / number
-    return mean.float(), (square - mean.square()).float()
-
-
-def load_statistics(path, latent_shape, flag="--stats"):
-    """Mean and variance, each (C,G,G), in the file that `flag` names, ours or released.
-
-    A missing or None mean is 0, such a variance 1; one of shape (C,) or (C,1,1) holds for all positions.
-    Raises SystemExit for other files.
-    """
-    file = read_weights(path, flag)
-    moments = []
-    for key, default in (("mean", 0.0), ("var", 1.0)):
-        value = file.get(key)
-        # Released files have mean None where the encoder's own norm centres the tokens.
-        moment = torch.tensor(default) if value is None else value
-        if not {"mean", "var"} & file.keys() or not torch.is_tensor(moment):
-            raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
-        if moment.ndim == 1:
-            moment = moment[:, None, None]
-        try:
-            moments.append(moment.float().expand(*latent_shape))
-        except RuntimeError:
-            shapes = f"of latents {[*moment.shape]}, these are {[*latent_shape]}"
-            raise SystemExit(f"{flag} {path}: {shapes}") from None
-    return moments
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = set_up(args)
-
-    # Everything that can be wrong is found before the work
-    data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
-    num = args.num or len(data)
-    if not max(2, world) <= num <= len(data):
-        needed = f"statistics need {max(2, world)} or more: two, and one for each rank"
-        raise SystemExit(f"--num {num}: {args.data} has {len(data)} images, and {needed}")
-    # The dot at the end makes a file in the folder's place fail.
-    folder = os.path.join(os.path.dirname(args.out), ".")
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
-        raise SystemExit(f"--out {args.out}: not a file in a folder that exists and can be written into")
-    encoder = Encoder(args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers)
-    encoder.to(device)
-    if rank == 0:
-        demo = "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
-        images = f"{demo}{num} images of {data.about}"
-        print(f"{images}; {args.encoder}; {world} x {device.type}, fp32", file=sys.stderr)
-
-    # One pass over the images and their mirrors, shared by the ranks
-    order = even_order(len(data), num, max(1, args.batch_size // world), rank, world)
-    views = encode_views(encoder, data, order, args.workers)
-    progress = tqdm(views, total=len(order), desc="latent statistics", disable=rank > 0)
-    mean, var = latent_statistics(z for z, _ in progress)
-    broken = data.broken.to(device).int()
-    if world > 1:
-        dist.all_reduce(broken)
-
-    if rank == 0:
-        statistics = {"mean": mean.cpu(), "var": var.cpu()}
-        write_file(args.out, lambda file: torch.save(statistics, file))
-        replaced = f"; {broken.count_nonzero()} broken images were replaced by others" if broken.any() else ""
-        print(f"{args.out}: mean and variance of {num} images, {[*mean.shape]}{replaced}", file=sys.stderr)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
