@@ -175,30 +175,23 @@ def train_step(
 class LatentCache:
     """The latents (N,V,C,G,G) of all images and, with flip, of their mirrors, and labels (N,), in memory.
 
-    seed: that of the data, whose mirroring it repeats. Each rank of a machine has its own copy, in fp32.
+    seed: that of the data, whose mirroring it repeats. Each rank makes its own copy, in fp32.
     """
 
     @exact_fp32()  # the data's statistics are taken of them, too
-    def __init__(self, encoder, data, flip, share, workers, rank, world):
+    def __init__(self, encoder, data, flip, share, workers, rank):
         self.seed = data.seed
         self.latents = torch.zeros(len(data), 1 + flip, encoder.width, encoder.grid, encoder.grid)
         self.labels = torch.zeros(len(data), dtype=torch.int64)
 
-        # Each rank encodes its part, in batches of its share of a training batch.
-        order = even_order(len(data), len(data), share, rank, world)
+        # Batches have the size of this rank's share of a training batch.
+        order = even_order(len(data), len(data), share)
         progress = tqdm(order, "latents", disable=rank > 0)
         views = encode_views(encoder, data, order, workers, flip)
         for keys, (z, y) in zip(progress, views, strict=True):
             rows = [i for _, i in keys]
             self.latents[rows] = z.cpu()
             self.labels[rows] = y.cpu()
-
-        # Each rank has its own rows, and zeros elsewhere: the sum is exact.
-        if world > 1:
-            for part in (*self.latents.split(256), self.labels):
-                total = part.to(encoder.mean.device)
-                dist.all_reduce(total)
-                part.copy_(total)
 
     def __len__(self):
         return len(self.labels)
@@ -239,7 +232,7 @@ def open_latents(args, start, encoder, data, rank, world):
     share = max(1, args.batch_size // world)
     source = data
     if args.cache_latents:
-        source = LatentCache(encoder, data, args.flip, share, args.workers, rank, world)
+        source = LatentCache(encoder, data, args.flip, share, args.workers, rank)
 
     device = encoder.mean.device
     before = [start[key].to(device, copy=True) for key in ("mean", "var") if key in start]

@@ -470,8 +470,7 @@ def keeps_process_settings():
     """Decorator of a main(): what it changes in its process is put back at its end."""
     precision = torch.get_float32_matmul_precision()
     flash = torch.backends.cuda.flash_sdp_enabled()
-    names = (*STOP_SIGNALS, "SIGCHLD")
-    handlers = {number: signal.getsignal(number) for number in signal.Signals if number.name in names}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         with warnings.catch_warnings():
             yield
@@ -856,11 +855,10 @@ def check_ranks_agree(**values):
         return
     ranks = [None for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, values)
-    for key, first in ranks[0].items():
-        for rank, other in enumerate(ranks):
-            if other[key] != first:
-                problem = f"{key} is {first} on rank 0, {other[key]} on rank {rank}"
-                raise SystemExit(f"the ranks read different files: {problem}; start again")
+    for rank, other in enumerate(ranks):
+        check_same(
+            ranks[0], "rank 0", other, f"rank {rank}", values, "they read different files; start again"
+        )
 
 
 def compile_blocks(blocks, explicit, device):
