@@ -1,9 +1,9 @@
 """Sampling of RAE: noise in, images out, by Euler or Heun steps along the learned velocity.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), section 4.
-Image i depends on checkpoints, seed and i alone; batch size, number of ranks and resume do not count.
+Image i depends on the checkpoints, the seed and i alone, not on batch size, number of ranks or resume.
 
-    python sample.py                                        # the demo: seconds on a laptop
+    python sample.py                                        # of runs/flow/last.pt; the demo's: seconds
     python sample.py --preset imagenet256 -n 16             # the released networks, from the Hugging Face hub
     torchrun --nproc_per_node 8 sample.py --preset imagenet256 --autoguide --npz
     python sample.py --reconstruct imagenet/val --out reconstructions
@@ -13,16 +13,14 @@ Letters in shapes: B batch, C latent channels, G latent positions a side, S imag
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import signal
+import shlex
 import sys
-import zipfile
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,41 +29,53 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Subset
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dit_dh
 from rae_decoder_train import load_decoder
 from rae_encoder import (
+    LATENTS,
     RAEV2,
     Encoder,
     ImageData,
-    Parser,
-    amount,
+    OneLineParser,
     bounded,
-    check_pair,
+    check_own_folder,
+    check_ranks_agree,
+    check_same,
     choose_precision,
     compile_blocks,
     computing_flags,
-    count,
     even_order,
     exact_fp32,
+    explicit_flags,
     fingerprint,
-    fraction,
     join_ranks,
     keep_freed_memory,
+    keeps_process_settings,
     layer_list,
     load_images,
     load_statistics,
     local_file,
-    positive,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    read_weights,
     reason,
+    run,
+    share_below_one,
+    timm_name,
+    weights_hash,
     write_file,
 )
 
 MAX_NUM = 1_000_000  # images of one seed
+FLOW = "runs/flow/last.pt"
 HUB = "hub:nyu-visionx/RAE-collections"
-# What differs from the flags' own defaults. FID is of 50,000 images; those of 512 px take more memory.
+# Presets list only what differs from the flag defaults. FID takes 50,000 images; those of 512 px more memory.
 PRESETS = {
     "demo": {},
     "small": {},
@@ -73,122 +83,22 @@ PRESETS = {
         "num": 50_000,
         "flow": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
         "decoder": f"{HUB}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k/stat.pt",
     },
     "imagenet512": {
         "num": 50_000,
         "batch_size": 64,
         "flow": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
         "decoder": f"{HUB}/decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
     },
     "raev2": RAEV2 | {"num": 50_000, "raw_pixels": True},
 }
-# What belongs to the released flows: latent statistics, the weak network to guide by, the paper's scale.
-RELEASED = {
-    "imagenet256": {
-        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k/stat.pt",
-        "weak": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
-        "cfg": 1.42,
-    },
-    "imagenet512": {
-        "stats": f"{HUB}/stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
-        "weak": f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",
-        "cfg": 1.5,
-    },
+# The weak network that guides a preset's flow, and the paper's scale of it (section 4.3)
+AUTOGUIDE = {
+    "imagenet256": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt", 1.42),
+    "imagenet512": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", 1.5),
 }
-
-
-def build_parser(add_help=True):
-    parser = Parser(description=__doc__, add_help=add_help)
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released ones")
-
-    # The sizes of the networks are no flags: the files tell them.
-    add = parser.add_argument_group("networks").add_argument
-    add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
-    add("--decoder", metavar="FILE", default="runs/decoder/last.pt", help="or a released file (%(default)s)")
-    add("--raw-pixels", action="store_true", help="a bare decoder puts out [0,1] itself, as RAEv2's do")
-    add("--stats", metavar="FILE", help="latent statistics; default: the flow's, decoder's or preset's")
-    add("--encoder", default="dinov2-base", help="of a released decoder: gives mean and std (%(default)s)")
-    weak = "weak network to guide by: smaller or trained for less; alone: the preset's"
-    add("--autoguide", metavar="FILE", nargs="?", const="released", help=weak)
-
-    add = parser.add_argument_group("sampling").add_argument
-    # These bounds keep the images' own seeds apart (draw_noise).
-    number = bounded(int, lambda value: 1 <= value <= MAX_NUM, f"a whole number from 1 to {MAX_NUM:,}")
-    seed = bounded(int, lambda value: 0 <= value <= 4293, "a whole number from 0 to 4293")
-    # torchrun takes --num for an abbreviation of a flag of its own.
-    add("-n", "--num", type=number, default=400, help="images (%(default)s); under torchrun only as -n")
-    add("--classes", metavar="LIST", help="in turn: numbers from 0, or names, as tabby,crane; default: all")
-    add("--seed", type=seed, default=0, help="image i starts from noise of (seed, i) (%(default)s)")
-    add("--steps", type=count, help="from t = 1 to t = 0; default: 50, the demo's network 25")
-    add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
-    add("--shift", type=positive, help="of the times, 1 is off; default: as in training")
-    add("--t-end", type=fraction, default=0.0, help="where the times end, before the shift (%(default)s)")
-    add("--cfg", type=amount, metavar="SCALE", help="of guidance; default: 1, off; the demo's network 2")
-    add("--guidance-interval", type=amount, nargs=2, metavar=("MIN", "MAX"), help="shifted times to guide at")
-
-    internal = "by the network's own base (RAEv2); without SCALE by --cfg's, and then there is no CFG"
-    add("--internal-guidance", type=amount, nargs="?", const=True, metavar="SCALE", help=internal)
-
-    add = parser.add_argument_group("reconstruction").add_argument
-    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images or of one file; PSNR")
-    add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
-    add("--layers", type=layer_list, metavar="I,J,...", help="of a bare decoder's encoder (RAEv2)")
-    add("--latent-noise", type=amount, default=0.0, metavar="SIGMA", help="on the latents (%(default)s)")
-    add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-
-    add = computing_flags(parser)
-    add(
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="default: bf16 where hardware has it; reconstruction: fp32",
-    )
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="samples", help="folder; what is there stays: resume. Grid: OUT.png (%(default)s)")
-    add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
-
-    return parser
-
-
-def parse_args(argv=None):
-    parser = build_parser()
-    # What decides other defaults is looked at first: --help shows them.
-    given = build_parser(add_help=False).parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS.get(given.preset, {}))
-    if given.reconstruct:
-        # All images of the folder, and for evaluation: in fp32.
-        parser.set_defaults(num=None, precision="fp32")
-    if given.autoguide == "released":
-        if given.preset not in RELEASED:
-            raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(RELEASED)}")
-        parser.set_defaults(cfg=RELEASED[given.preset]["cfg"])
-    args = parser.parse_args(argv)
-    check_together(args)
-    return args
-
-
-def check_together(args):
-    """Raises SystemExit for flags that contradict each other."""
-    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
-        raise SystemExit(f"--guidance-interval {args.guidance_interval}: expected MIN < MAX")
-    internal = args.internal_guidance
-    if internal is True and (args.cfg is None or args.autoguide):
-        raise SystemExit("--internal-guidance: give its scale, by --cfg or, beside --autoguide, as its value")
-    needs_scale = args.autoguide or (args.guidance_interval and internal is None)
-    if needs_scale and args.cfg in (None, 1):
-        raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
-    sampling = ("cfg", "classes", "stats", "steps", "shift", "internal_guidance", "autoguide")
-    given = [name for name in sampling if getattr(args, name) is not None]
-    if args.reconstruct and (given or args.npz):
-        raise SystemExit(
-            "--reconstruct does not sample: no --npz, --cfg, --classes, --stats or the like with it"
-        )
-    if not args.reconstruct and (args.latent_noise or args.encoder_weights or args.skip_broken):
-        raise SystemExit("--latent-noise, --encoder-weights, --skip-broken are for --reconstruct DIR")
-
-
-# Formulas
 
 
 def time_grid(steps, a, t_end=0.0):
@@ -196,13 +106,13 @@ def time_grid(steps, a, t_end=0.0):
 
     The released code's "50 steps" are steps=49, t_end=0.001.
     """
-    # In float64: a time at an end of the guidance interval must not fall out of it.
+    # In float64 a time at an end of the guidance interval does not fall out of it.
     t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
     return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # rounding can pass 1 where a is below 1
 
 
 def sample_latents(velocity, noise, grid, solver="euler"):
-    """Integrates dx/dt = velocity(x, t) along the times of grid from x = noise (B,C,G,G).
+    """Integrate dx/dt = velocity(x, t) along the times of grid from x = noise (B,C,G,G).
 
     velocity takes t as a number. solver: "euler", or "heun", which is of second order.
     """
@@ -217,34 +127,37 @@ def sample_latents(velocity, noise, grid, solver="euler"):
     return x
 
 
-def network_velocity(model, x, t, y, internal=None, interval=(0.0, 1.0)):
-    """model's velocity (B,C,G,G), in fp32 under autocast too, where all images have one time t, a number.
+def guided_velocity(model, x, t, y, weak=None, scale=1.0, internal=None, interval=(0.0, 1.0)):
+    """Velocity of model at x (B,C,G,G), the number t and labels y (B,), with guidance inside of interval.
 
-    internal: scale s of v_base + s (v - v_base) by the model's own base, inside of interval (RAEv2, eq. 3).
+    v_base + scale (v - v_base), where v_base has no class (classifier-free guidance, Ho & Salimans 2022) or
+    is the `weak` network's (AutoGuidance, Karras et al. 2024: the paper's). internal: see network_velocity.
+    """
+    if not interval[0] <= t <= interval[1]:
+        scale = 1.0
+        internal = None
+    if scale == 1:
+        return network_velocity(model, x, t, y, internal)
+    if weak:
+        v = network_velocity(model, x, t, y, internal)  # (B,C,G,G)
+        v_base = network_velocity(weak, x, t, y)
+    else:
+        # One call with twice the batch is faster than two. The last label means no class.
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])  # (2B,)
+        v, v_base = network_velocity(model, torch.cat([x, x]), t, y, internal).chunk(2)  # each (B,C,G,G)
+    return v_base + scale * (v - v_base)
+
+
+def network_velocity(model, x, t, y, internal=None):
+    """Velocity (B,C,G,G) of one network where all images have one time t; in fp32 under autocast, too.
+
+    internal: scale s of v_base + s (v - v_base), where v_base is the network's base output (RAEv2, eq. 3).
     """
     times = x.new_full((len(x),), t)  # (B,)
-    if internal is None or not interval[0] <= t <= interval[1]:
+    if internal is None:
         return model(x, times, y).float()
     v, v_base = model(x, times, y, with_base=True)
     return v_base.float() + internal * (v.float() - v_base.float())
-
-
-def guided_velocity(x, t, y, network, weak=None, scale=1.0, interval=(0.0, 1.0), null=None):
-    """Velocity at x (B,C,G,G), time t, labels y (B,): v_base + scale (v - v_base), or v outside of interval.
-
-    v_base: of the label `null` (classifier-free guidance, Ho & Salimans 2022) or, if given, of the `weak`
-    network (AutoGuidance, Karras et al. 2024: the paper's). Networks: (x, t, y) -> velocity, t a number.
-    """
-    if scale == 1 or not interval[0] <= t <= interval[1]:
-        return network(x, t, y)
-    if weak:
-        v = network(x, t, y)
-        v_base = weak(x, t, y)
-    else:
-        # One call with twice the batch is faster than two.
-        y = torch.cat([y, torch.full_like(y, null)])  # (2B,)
-        v, v_base = network(torch.cat([x, x]), t, y).chunk(2)  # each (B,C,G,G)
-    return v_base + scale * (v - v_base)
 
 
 def draw_noise(indices, shape, seed):
@@ -260,460 +173,478 @@ def draw_noise(indices, shape, seed):
 
 
 def to_pixels(images):
-    """Images (B,3,S,S) about [0,1] -> uint8 (B,S,S,3) in numpy; rounded, the released code truncates."""
+    """Convert images (B,3,S,S) about [0,1] to uint8 (B,S,S,3) in numpy; the released code truncates."""
     levels = (images.clamp(0, 1) * 255).round().byte()
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# What there is to make: samples or reconstructions
+# Images that can be made: samples, or reconstructions of other images
 
 
-class Job(NamedTuple):
-    """The images to be made: how many, of what, and by which function."""
+class ImageSource(NamedTuple):
+    """What main() makes, with everything about it decided and checked."""
 
-    number: int
-    settings: dict  # what decides the pixels
-    images: Callable  # lists of indices below number -> for each list images (B,3,S,S)
-    labels: list | None = None  # of samples
-    originals: ImageData | None = None  # of reconstructions
-
-
-def network_hash(tensors):
-    """A fingerprint of the first values of each tensor: cheap, and a step of training changes it."""
-    return fingerprint(tensor.flatten()[:1000] for tensor in tensors)
+    num: int
+    summary: str  # for the first line of output
+    settings: dict  # all that decides the pixels, and what fid.py asks for
+    images: Callable  # lists of indices below num -> for each list images (B,3,S,S)
+    classes: list = [0]  # of samples, which take them in turn
+    originals: Subset | None = None  # of reconstructions
 
 
-def imagenet_names(num_classes):
-    """English names of ImageNet's classes, for a released network, which keeps none; [] for other numbers."""
-    info = ImageNetInfo()
-    if num_classes != info.num_classes():
-        return []
-    # The first of its synonyms: the others stand behind commas.
-    return [info.index_to_description(i).split(", ")[0] for i in range(num_classes)]
+def open_sampling(args, device, precision):
+    """Open and check all that sampling needs; returns an ImageSource.
 
-
-def class_numbers(text, names, num_classes, flow):
-    """The numbers of the classes in --classes, which may be names; None, that is all, without the flag.
-
-    Raises SystemExit for others.
+    Raises SystemExit for files that don't belong together and for what they can't do.
     """
-    if text is None:
-        return None
-    names = names or imagenet_names(num_classes)
-    numbers = []
-    for name in text.split(","):
-        # A number stays a number where folders have digits for names, too.
-        if name.isdecimal() and int(name) < num_classes:
-            numbers.append(int(name))
-        elif name in names:
-            numbers.append(names.index(name))
-        else:
-            known = f", by name {', '.join(names[:10])}" if any(names) else ""
-            raise SystemExit(f"--classes {name}: --flow {flow} has 0 to {num_classes - 1}{known}")
-    return numbers
+    model, config = open_flow(args, args.flow, "--flow", device)
+    path = choose_decoder(args, config)
+    decoder, known = open_decoder(args, path, config, device)
+    mean, std = open_statistics(args, known, device)  # (C,G,G) each
+    weak = open_weak(args, config, device)
 
-
-def open_statistics(args, file, decoder_config, latent_shape, device):
-    """(mean, std), each (C,G,G): of --stats, the flow checkpoint `file`, the decoder or else the preset."""
-    # A flag goes before what the files know.
-    if args.stats:
-        mean, var = load_statistics(args.stats, latent_shape, "--stats")
-    elif "mean" in file:
-        mean = file["mean"]
-        var = file["var"]
-    elif "statistics" in decoder_config:
-        mean, var = decoder_config["statistics"]
-    elif args.preset in RELEASED:
-        mean, var = load_statistics(RELEASED[args.preset]["stats"], latent_shape, "--stats")
-    else:
-        raise SystemExit(f"--flow {args.flow}: a bare state dict needs its latents' statistics, --stats FILE")
-    # The 1e-5 is in the normalisation that the network was trained with.
-    return mean.to(device), (var + 1e-5).sqrt().to(device)
-
-
-def open_weak(args, model):
-    """The weak network of --autoguide, or None. Raises SystemExit for one that does not fit to model."""
-    if not args.autoguide:
-        return None
-    path = RELEASED[args.preset]["weak"] if args.autoguide == "released" else args.autoguide
-    weak = dit_dh.load(local_file(path, "--autoguide"), "--autoguide")
-    if (weak.latent_shape, weak.num_classes) != (model.latent_shape, model.num_classes):
-        raise SystemExit(f"--autoguide {args.autoguide}: other latents or classes than --flow {args.flow}")
-    return weak
-
-
-def prepare(model, device, compiled, **options):
-    """model as a function (x, t, y) -> velocity on device; compiled: None means on CUDA.
-
-    options: of network_velocity.
-    """
-    model.to(device)
-    compile_blocks(model.blocks, compiled, device)
-    return partial(network_velocity, model, **options)
-
-
-def guidance_scales(args, model, demo):
-    """Scales of CFG or AutoGuidance, and of internal guidance or None. SystemExit for what model can't do."""
     # The demo's small network draws shapes only when it is guided.
-    scale = args.cfg if args.cfg is not None else (2.0 if demo else 1.0)
-    internal = args.internal_guidance
-    if internal is True:
-        internal = scale
-        scale = 1.0
-    if internal is not None and model.base_depth is None:
-        raise SystemExit(
-            f"--internal-guidance: {args.flow} has no base; flow_train.py --base-depth makes one"
-        )
-    if scale != 1 and not args.autoguide and model.num_classes == 1:
-        raise SystemExit(f"--cfg {scale}: {args.flow} has one class; --cfg 1 is off, or --autoguide FILE")
-    return scale, internal
-
-
-def open_sampling(args, decoder, decoder_config, device):
-    """Opens and checks what sampling needs -> Job. Raises SystemExit for networks that don't fit."""
-    path = local_file(args.flow, "--flow")
-    model = dit_dh.load(path, "--flow")
-    file = dit_dh.read(path, "--flow")
-    # A released file has no config; the network tells the shape of its latents.
-    config = {"latent_shape": list(model.latent_shape)} | file.get("config", {})
-    check_pair(config, f"--flow {args.flow}", decoder_config, f"--decoder {args.decoder}")
-    mean, std = open_statistics(args, file, decoder_config, model.latent_shape, device)  # (C,G,G) each
-    weak = open_weak(args, model)
-
-    demo = file.get("args", {}).get("preset") == "demo"
+    demo = known.get("preset") == "demo"
     steps = args.steps or (25 if demo else 50)
-    scale, internal = guidance_scales(args, model, demo)
-    interval = args.guidance_interval or (0.0, 1.0)
+    scale = args.cfg
+    if scale is None:
+        scale = 2.0 if demo else 1.0
+    interval = args.guidance_interval
+    internal = args.internal_guidance
+    if internal is not None and model.base_depth is None:
+        raise SystemExit(f"--internal-guidance: {args.flow} has no base output (flow_train.py --base-depth)")
 
-    # Where the file does not tell the shift, the formula does (section 4.2).
+    # Released files do not store the shift; compute it (section 4.2).
     formula = max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
     shift = args.shift or config.get("shift", formula)
+    grid = time_grid(steps, shift, args.t_end)
+    # The classes take turns, so that each has as many images: the protocol of the paper's FID.
+    classes = class_numbers(args.classes, config.get("classes", []), model.num_classes)
 
-    # The classes take turns: as the paper's FID has it, each has as many images.
-    classes = class_numbers(args.classes, config.get("classes"), model.num_classes, args.flow)
-    cycle = classes or range(model.num_classes)
-    labels = [cycle[i % len(cycle)] for i in range(args.num)]
+    def sample_batch(indices):
+        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # (B,)
+        noise = draw_noise(indices, model.latent_shape, args.seed).to(device)  # (B,C,G,G)
+
+        def velocity(x, t):
+            return guided_velocity(model, x, t, y, weak, scale=scale, internal=internal, interval=interval)
+
+        z = sample_latents(velocity, noise, grid, args.solver)  # (B,C,G,G)
+        return decoder(z * std + mean)  # (B,3,S,S)
 
     settings = {
-        "flow": network_hash([*model.parameters(), mean, std]),
-        "autoguide": network_hash(weak.parameters()) if weak else None,
+        "flow": weights_hash({**model.state_dict(), "mean": mean, "std": std}),
+        "decoder": known["decoder_hash"],
+        "autoguide": weights_hash(weak.state_dict()) if weak else None,
         "classes": classes,
+        "seed": args.seed,
         "steps": steps,
         "solver": args.solver,
         "shift": shift,
         "t_end": args.t_end,
         "cfg": scale,
-        "guidance_interval": args.guidance_interval,
+        "internal_guidance": internal,
+        "guidance_interval": interval,
+        "precision": precision,
+        "reference": config.get("data"),
+        "crop": decoder.grid * decoder.patch_size,
+        "demo": demo,
     }
-    if internal is not None:  # folders of older versions don't have it
-        settings["internal_guidance"] = internal
-    velocity = partial(
-        guided_velocity,
-        network=prepare(model, device, args.compile, internal=internal, interval=interval),
-        weak=prepare(weak, device, args.compile) if weak else None,
-        scale=scale,
-        interval=interval,
-        null=model.num_classes,
-    )
-    grid = time_grid(steps, shift, args.t_end)
-
-    def images(batches):
-        for indices in batches:
-            y = torch.tensor([labels[i] for i in indices], device=device)  # (B,)
-            noise = draw_noise(indices, model.latent_shape, args.seed).to(device)  # (B,C,G,G)
-            z = sample_latents(partial(velocity, y=y), noise, grid, args.solver)  # (B,C,G,G)
-            yield decoder(z * std + mean)  # (B,3,S,S)
-
-    return Job(args.num, settings, images, labels=labels)
+    summary = f"{args.flow}, {steps} {args.solver} steps, guidance {scale}, decoder {path}"
+    return ImageSource(args.num, summary, settings, lambda batches: map(sample_batch, batches), classes)
 
 
-def files_hash(data):
-    """A hash of the names, sizes and times of all images: another picture under an old name changes it."""
-    digest = hashlib.sha256()
-    for i in range(len(data)):
-        path = data.path(i)
-        # A link to nothing is a broken image, which the loader names or replaces.
-        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
-        # The name below the folder: the folder itself may be named in more than one way.
-        name = os.path.relpath(path, data.root)
-        digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
-    return digest.hexdigest()[:12]
-
-
-def open_reconstruction(args, decoder, decoder_config, device):
-    """Opens and checks what decode(encode(image)) needs -> Job. Raises SystemExit for another encoder."""
-    size = decoder.grid * decoder.patch_size
-    data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
-    # Fewer than all are drawn evenly over the classes.
-    number = min(args.num or len(data), len(data))
-    (keys,) = even_order(len(data), number, number)
-
-    # A bare decoder does not tell the encoder's size, but its tokens: by default each is of 16 pixels.
-    name = decoder_config["encoder"]
-    weights = args.encoder_weights or decoder_config.get("encoder_weights")
-    layers = decoder_config.get("layers", args.layers)
-    encoder_size = decoder_config.get("encoder_size")
-    encoder = Encoder(name, encoder_size, 16 * decoder.grid, weights, layers).to(device)
-
-    # The decoder was trained with one encoder, which its checkpoint knows by a hash.
+def open_flow(args, path, flag, device):
+    """Open a flow; returns the network and what its file tells, of a bare one the shapes alone."""
+    if path == FLOW and not os.path.exists(path):
+        raise SystemExit(f"{flag} {path}: no such file; `torchrun flow_train.py` makes it")
+    path = local_file(path, flag)
+    model = dit_dh.load(path, flag).to(device)
+    compile_blocks(model.blocks, args.compile, device)
+    file = dit_dh.read(path, flag)
     config = {
-        "encoder_hash": encoder.hash,
-        "layers": layers,
-        "latent_shape": [encoder.width, encoder.grid, encoder.grid],
+        "latent_shape": list(model.latent_shape),
+        "num_classes": model.num_classes,
+        **file.get("args", {}),
+        **file.get("config", {}),
     }
-    source = f"--encoder-weights {weights}" if weights else f"encoder {name}"
-    check_pair(config, source, decoder_config, f"--decoder {args.decoder}")
-
-    settings = {
-        "images": files_hash(data),
-        "num": number,
-        "skip_broken": args.skip_broken,
-        "encoder": encoder.hash,
-        "latent_noise": args.latent_noise,
-    }
-    if layers:  # folders of older versions don't have it
-        settings["layers"] = layers
-
-    def images(batches):
-        order = [[keys[i] for i in indices] for indices in batches]
-        loaded = load_images(data, order, device, args.workers)
-        for indices, (x, _) in zip(batches, loaded, strict=True):
-            with exact_fp32():  # these images are for evaluation
-                z = encoder(x)  # (B,C,G,G)
-                noise = draw_noise(indices, z.shape[1:], args.seed).to(device)  # (B,C,G,G)
-                xhat = decoder(z + args.latent_noise * noise)  # (B,3,S,S)
-            yield xhat
-
-    return Job(number, settings, images, originals=data)
+    if "mean" in file:
+        config["statistics"] = (file["mean"], file["var"])
+    return model, config
 
 
-# The folder of images
+def choose_decoder(args, config):
+    """The path of --decoder, else of the decoder that the flow was trained with, else of the preset's.
 
-
-def check_settings(out, path, settings):
-    """Raises SystemExit where `path`, OUT/settings.json, says that the images are of other settings."""
-    try:
-        stored = dict(json.loads(Path(path).read_bytes()))
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} can't be read ({reason(error)}): name another --out") from None
-
-    # Older folders don't tell the pixels' mean and std.
-    stored.setdefault("pixels", settings["pixels"])
-    # Still older ones have no `demo`, but `reuse_body`, 1 where it was off; only of seed 0 is noise the same.
-    if stored.get("reuse_body") == 1 and stored.get("seed") == 0:
-        del stored["reuse_body"]
-        stored["demo"] = settings["demo"]
-
-    differences = [
-        f"{key} {stored.get(key)} there and {settings.get(key)} here"
-        for key in stored | settings
-        if stored.get(key) != settings.get(key)
-    ]
-    if differences:
-        problem = f"has images of other settings ({', '.join(differences)})"
-        raise SystemExit(f"--out {out} {problem}: name another folder")
-
-
-def claim_folder(out, settings, files):
-    """Makes the folder OUT and OUT/settings.json -> the indices of the images that are not in it yet.
-
-    Raises SystemExit for a folder of other settings, and where OUT or a file beside it can't be written: that
-    must show before the work, not after it.
+    Raises SystemExit where there is none, and where the flow's own has changed since.
     """
-    path = f"{out}/settings.json"
-    if os.path.exists(path):
-        check_settings(out, path, settings)
-    elif any(Path(out).glob("*.png")):
-        raise SystemExit(f"--out {out} has images, but no settings.json to tell whose: name another folder")
-
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {out}: can't be written ({reason(error)})") from None
-    # The grid and the npz are written last.
-    beside = os.path.abspath(out)
-    parent = os.path.dirname(beside)
-    if not os.access(parent, os.W_OK):
-        raise SystemExit(f"--out {out}: {beside}.png can't be written, no permission for {parent}")
-    if os.path.isdir(f"{beside}.png") or os.path.isdir(f"{beside}.npz"):
-        raise SystemExit(f"--out {out}: {beside}.png and .npz are to be files, but one is a folder")
-
-    # Written each time anew, since that shows whether OUT can be written into.
-    write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-    return [i for i, file in enumerate(files) if not os.path.exists(file)]
+    own = config.get("decoder")
+    if "decoder" not in args.explicit and own:
+        # The decoder's own training may have gone on, or another may have taken its place.
+        if weights_hash(read_weights(own["path"], f"--flow {args.flow} needs its --decoder")) != own["hash"]:
+            problem = f"{own['path']} is no longer the decoder of its training"
+            raise SystemExit(f"--flow {args.flow}: {problem}; name one by --decoder FILE")
+        return own["path"]
+    if not args.decoder:
+        raise SystemExit(f"--flow {args.flow}: does not tell its decoder; name it by --decoder FILE")
+    return args.decoder
 
 
-def on_first_rank(function, rank, world):
-    """function() of rank 0, for all ranks: a network disk may show each of them other files.
+def open_decoder(args, path, flow_config, device):
+    """Open a decoder that fits a flow; returns it and what its file tells, of a bare one shapes and flags."""
+    encoder = args.encoder or flow_config.get("encoder", "dinov2-base")
+    decoder, config = load_decoder(path, encoder, "--decoder", args.raw_pixels)
+    shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]  # (C,G,G)
+    config = {"encoder": timm_name(encoder), "latent_shape": shape, **config}
+    check_same(flow_config, f"--flow {args.flow}", config, f"--decoder {path}")
+    # The state dict lacks the pixels' mean and std.
+    config["decoder_hash"] = weights_hash({**decoder.state_dict(), "mean": decoder.mean, "std": decoder.std})
+    return decoder.to(device), {**config, **flow_config}
 
-    Where it raises SystemExit all ranks end, and rank 0 says why.
+
+def open_statistics(args, config, device):
+    """(mean, std), each (C,G,G): of --stats, else of the flow's file or its decoder's, else of the preset."""
+    statistics = config.get("statistics")
+    if "stats" in args.explicit or not statistics:
+        if not args.stats:
+            raise SystemExit(f"--flow {args.flow}: does not tell its latents' statistics; --stats FILE")
+        statistics = load_statistics(args.stats, config)
+    mean, var = statistics
+    # The 1e-5 is in the normalisation that the network was trained with.
+    return mean.to(device), (var + 1e-5).sqrt().to(device)
+
+
+def open_weak(args, config, device):
+    """The weak network of --autoguide, or None. Raises SystemExit for one of other latents or classes."""
+    if args.autoguide is None:
+        return None
+    path = args.autoguide or AUTOGUIDE[args.preset][0]
+    weak, weak_config = open_flow(args, path, "--autoguide", device)
+    keys = (*LATENTS, "num_classes", "classes")
+    check_same(config, f"--flow {args.flow}", weak_config, f"--autoguide {path}", keys)
+    return weak
+
+
+def class_numbers(text, names, num_classes):
+    """The numbers of the classes in --classes, by default of all; names are the network's own or ImageNet's.
+
+    A word is a name where a class has it, else a number. Raises SystemExit for any other, and for the name of
+    several classes.
     """
-    result = None
-    problem = None
-    if rank == 0:
-        try:
-            result = function()
-        except SystemExit as error:
-            problem = str(error)
-    if world > 1:
-        answer = [result, problem]
-        dist.broadcast_object_list(answer)
-        result, problem = answer
-    if problem:
-        raise SystemExit(problem if rank == 0 else 1)  # one line, not one a rank
-    return result
-
-
-# What is written
-
-
-def save_image(path, pixels):
-    """Writes pixels (H,W,3) as a PNG that is whole wherever it is seen."""
-    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
-
-
-def make_images(job, batches, files, progress, world):
-    """Makes and writes the images of each list of indices; the bar moves as if all ranks kept step."""
-    # In threads, since PNGs one after the other took a quarter of the time of sampling.
-    with ThreadPoolExecutor() as threads:
-        for indices, images in zip(batches, job.images(batches), strict=True):
-            paths = [files[i] for i in indices]
-            list(threads.map(save_image, paths, to_pixels(images)))  # raises what a thread raised
-            progress.update(min(world * len(indices), progress.total - progress.n))
-
-
-def write_grid(path, files, labels):
-    """The first 100 images on one sheet; where it can be, each column is of one class."""
-    classes = len(set(labels or [0]))  # reconstructions have none
-    # Up to ten, a multiple of the number of classes.
-    columns = 10 - 10 % classes if classes <= 10 else 10
-    columns = min(columns, len(files))
-    files = files[:100]
-    rows = math.ceil(len(files) / columns)
-    size = Image.open(files[0]).width
-
-    # White where the last row is not full.
-    sheet = Image.new("RGB", (columns * size, rows * size), "white")
-    for i, file in enumerate(files):
-        row, column = divmod(i, columns)
-        sheet.paste(Image.open(file), (column * size, row * size))
-    save_image(path, np.array(sheet))
-
-
-def write_npz(path, files, labels):
-    """arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,), as np.savez writes them."""
-    shape = np.array(Image.open(files[0])).shape  # (S,S,3)
-    # As np.save has it for uint8
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
-
-    # One image in memory at a time: 50,000 of 256 px are 10 GB.
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            # Without zip64 a member ends at 4 GB.
-            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, header)
-                for name in files:
-                    array.write(Image.open(name).tobytes())
-            with archive.open("arr_1.npy", "w") as array:
-                np.lib.format.write_array(array, np.array(labels))
-
-    write_file(path, write)
-
-
-def mean_psnr(files, originals, workers):
-    """The mean over images of the PSNR in dB, on 8-bit pixels."""
-    # In the order in which open_reconstruction drew them.
-    order = even_order(len(originals), len(files), 1)
-    loaded = load_images(originals, order, torch.device("cpu"), workers)
-    psnr = []  # of each image
-    for file, (x, _) in zip(files, loaded, strict=True):
-        error = to_pixels(x)[0] - np.array(Image.open(file), float)  # (S,S,3)
-        psnr.append(10 * math.log10(255**2 / np.square(error).mean()))
-    return float(np.mean(psnr))
+    if text is None:
+        return list(range(num_classes))
+    # A released network keeps no names; commas separate synonyms, of which the first is taken.
+    if not names and num_classes == 1000:
+        names = [text.split(", ")[0] for text in ImageNetInfo().label_descriptions()]
+    numbers = []
+    for word in text.split(","):
+        same = [i for i, name in enumerate(names) if name == word]
+        same = same or [i for i in range(num_classes) if str(i) == word]
+        if len(same) != 1:
+            problem = f"fits {same or 'none'} of the classes 0 to {num_classes - 1}"
+            raise SystemExit(f"--classes {word}: {problem}; give a number or a name: {', '.join(names[:10])}")
+        numbers += same
+    return numbers
 
 
 # The command
 
 
-def first_line(args, job, missing, computing):
-    """What is made of what, and where."""
-    demo = "The demo: its numbers compare with nothing. " if job.settings["demo"] else ""
-    if job.originals:
-        source = job.originals.about
-    else:
-        source = f"{args.flow}, {job.settings['steps']} {args.solver} steps, guidance {job.settings['cfg']}"
-        if "internal_guidance" in job.settings:
-            source += f", internal {job.settings['internal_guidance']}"
-    target = f"{len(missing)} of {job.number} images in {args.out}"
-    return f"{demo}{source}, {args.decoder} -> {target}; {computing}"
-
-
-def end_interrupted(files, out, rank):
-    """Says what is kept and ends with 130, the exit code of commands that Ctrl-C ended."""
-    # torchrun sends the signal to its ranks once more.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if rank == 0:
-        state = "nothing was made yet"
-        if files:
-            done = sum(map(os.path.exists, files))
-            state = f"{done} of {len(files)} images are in {out}, the same command goes on"
-        print(f"interrupted; {state}", file=sys.stderr, flush=True)
-    # At once: sys.exit waits for loading processes, for ever where they had only half started.
-    os._exit(130)
-
-
+@keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks(args.device)
     keep_freed_memory(device)
     precision, why = choose_precision(args.precision, device)
-    files = []
-    try:
-        # What there is to make
-        decoder, config = load_decoder(args.decoder, args.encoder, "--decoder", args.raw_pixels)
-        latent_shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]
-        config = {"encoder": args.encoder, "latent_shape": latent_shape} | config
-        open_job = open_reconstruction if args.reconstruct else open_sampling
-        job = open_job(args, decoder.to(device), config, device)
-        job.settings.update(
-            seed=args.seed,
-            precision=precision,
-            decoder=network_hash(decoder.parameters()),
-            pixels=[decoder.mean.flatten().tolist(), decoder.std.flatten().tolist()],
-            demo=config.get("preset") == "demo",  # for fid.py
+
+    # Everything that can be wrong is found before the work.
+    open_source = open_reconstruction if args.reconstruct else open_sampling
+    source = open_source(args, device, precision)
+    check_folder(args.out, source.settings)
+    check_ranks_agree(**source.settings)
+    files = [f"{args.out}/{i:06d}.png" for i in range(source.num)]
+    # A network disk may show each rank other files; those of rank 0 count.
+    answer = [[i for i, file in enumerate(files) if not is_whole(file)]]
+    if world > 1:
+        dist.broadcast_object_list(answer)
+    missing = answer[0]
+
+    if rank == 0:
+        text = json.dumps(source.settings).encode()
+        write_file(f"{args.out}/settings.json", lambda file: file.write(text))
+        demo = "The demo: its numbers compare with nothing. " if source.settings["demo"] else ""
+        print(
+            f"{demo}{source.summary} -> {source.num} images in {args.out}, {len(missing)} of them missing; "
+            f"{world} x {device.type}, {precision} ({why})",
+            file=sys.stderr,
         )
 
-        # What a run before this one left
-        files = [f"{args.out}/{i:06d}.png" for i in range(job.number)]
-        missing = on_first_rank(lambda: claim_folder(args.out, job.settings, files), rank, world)
-        mine = missing[rank::world]
-        batches = list(BatchSampler(mine, max(1, args.batch_size // world), drop_last=False))
+    # The ranks take turns, and the bar shows rank 0's share.
+    mine = missing[rank::world]
+    batches = list(BatchSampler(mine, max(1, args.batch_size // world), False))
+    progress = tqdm(total=len(mine), unit="image", disable=rank > 0)
+    # autocast keeps its bf16 copies of the weights to the end of the region: one around all steps, one cast.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.no_grad(), autocast, progress:
+        make_images(source.images(batches), batches, files, progress)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
 
-        # The images
-        if rank == 0:
-            computing = f"{world} x {device.type}, {precision} ({why})"
-            print(first_line(args, job, missing, computing), file=sys.stderr)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        progress = tqdm(total=len(missing), unit="image", disable=rank > 0)
-        with torch.no_grad(), autocast, progress:
-            make_images(job, batches, files, progress, world)
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+    # The sheet and the .npz lie beside the folder, also that of `--out .`.
+    beside = os.path.abspath(args.out)
+    write_sheet(f"{beside}.png", files, len(source.classes))
+    if args.npz:
+        write_npz(f"{beside}.npz", files, source.classes)
+    if source.originals:
+        print(json.dumps(scores(files, source.originals, args.workers)))
+    others = len(list(Path(args.out).rglob("*.png"))) - source.num
+    beyond = f" (and {others} others, which fid.py counts as well)" if others else ""
+    command = shlex.join(["python", "fid.py", args.out])
+    following = f"; next: {command}" if source.settings["reference"] else ""
+    print(f"all {source.num} images are in {args.out}{beyond}{following}", file=sys.stderr)
 
-        # What is made of all of them
-        if rank == 0:
-            beside = os.path.abspath(args.out)
-            write_grid(f"{beside}.png", files, job.labels)
-            if args.npz:
-                write_npz(f"{beside}.npz", files, job.labels)
-            if job.originals:
-                psnr = mean_psnr(files, job.originals, args.workers)
-                broken = int(job.originals.broken.count_nonzero())
-                print(json.dumps({"psnr": psnr, "images": job.number, "broken": broken}))
-    except KeyboardInterrupt:
-        end_interrupted(files, args.out, rank)
+
+# Flags
+
+
+def build_parser():
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released networks")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--flow", metavar="FILE", default=FLOW, help="or a released file (%(default)s)")
+    add("--decoder", metavar="FILE", help="or a released file; default: the one the flow was trained with")
+    add("--raw-pixels", action="store_true", help="a bare decoder puts out [0,1] itself, as RAEv2's do")
+    add("--encoder", help="of a bare decoder: gives mean and std; default: the flow's, else dinov2-base")
+
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--stats", metavar="FILE", help="latent statistics; default: the flow's, decoder's or preset's")
+    add("--classes", help="in turn: names, as tabby,tench, or numbers from 0; default: all")
+    add("--steps", type=positive_int, help="from t = 1 to t = 0; default: 50, the demo's network 25")
+    add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
+    add("--shift", type=positive_float, help="of the times, 1 is off; default: as in training")
+    add("--t-end", type=share_below_one, default=0.0, help="where times end, before the shift (%(default)s)")
+    add("--cfg", type=non_negative_float, metavar="SCALE", help="of guidance; default: 1 (off), the demo 2")
+    add("--autoguide", metavar="FILE", nargs="?", const="", help="weak network to guide by, or the preset's")
+    add(
+        "--guidance-interval",
+        type=non_negative_float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        default=[0.0, 1.0],
+        help="shifted times to guide at (%(default)s)",
+    )
+    add("--internal-guidance", type=non_negative_float, metavar="SCALE", help="by the base output (RAEv2)")
+    add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
+
+    reconstruction = parser.add_argument_group("reconstruction")
+    add = reconstruction.add_argument
+    add("--reconstruct", metavar="DIR", help="decode(encode(image)) of its images or of one file; PSNR")
+    add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the decoder's")
+    add("--layers", type=layer_list, help="of a bare decoder's encoder (RAEv2)")
+    add("--latent-noise", type=non_negative_float, default=0.0, help="its sigma (%(default)s)")
+    add("--skip-broken", action="store_true", help="replace broken images by others and count them")
+
+    add = computing_flags(parser)
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16 where faster; reconstruction: fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+
+    add = parser.add_argument_group("images").add_argument
+    # These bounds keep the images' own seeds apart (draw_noise).
+    number = bounded(int, lambda value: 1 <= value <= MAX_NUM, f"a whole number from 1 to {MAX_NUM:,}")
+    seed = bounded(int, lambda value: 0 <= value <= 4293, "a whole number from 0 to 4293")
+    # torchrun takes --num for an abbreviation of a flag of its own.
+    add("-n", "--num", type=number, default=400, help="images (%(default)s); under torchrun only as -n")
+    add("--seed", type=seed, default=0, help="noise i is of (seed, i) (%(default)s)")
+    add("--out", default="samples", help="folder, where a run goes on; sheet: OUT.png (%(default)s)")
+    return parser, sampling, reconstruction
+
+
+def parse_args(argv=None):
+    """Flags over their preset's. Raises SystemExit for flags that contradict each other."""
+    parser, sampling, reconstruction = build_parser()
+    explicit = explicit_flags(parser, argv)
+    preset = explicit.get("preset")
+    parser.set_defaults(**PRESETS.get(preset, {}), explicit=explicit)
+    if "reconstruct" in explicit:
+        # All images of the folder; in fp32, since they are for evaluation.
+        parser.set_defaults(num=None, precision="fp32")
+    if explicit.get("autoguide") == "":
+        if preset not in AUTOGUIDE:
+            raise SystemExit(f"--autoguide: expected FILE, but with --preset {' or '.join(AUTOGUIDE)}")
+        parser.set_defaults(cfg=AUTOGUIDE[preset][1])
+    args = parser.parse_args(argv)
+
+    foreign = sampling if args.reconstruct else reconstruction
+    for action in foreign._group_actions:
+        if action.dest in explicit:
+            raise SystemExit(f"{action.option_strings[0]}: is for {foreign.title} alone")
+    low, high = args.guidance_interval
+    if low >= high:
+        raise SystemExit(f"--guidance-interval {low} {high}: expected MIN < MAX")
+    needs_scale = "autoguide" in explicit or (
+        "guidance_interval" in explicit and "internal_guidance" not in explicit
+    )
+    if needs_scale and args.cfg in (None, 1):
+        raise SystemExit("--autoguide, --guidance-interval: they need the scale of guidance, --cfg SCALE")
+    return args
+
+
+# Reconstruction
+
+
+def open_reconstruction(args, device, precision):
+    """Open and check what decode(encode(image)) needs. Raises SystemExit for another encoder or folder."""
+    root = Path(args.reconstruct).resolve()
+    if Path(args.out).resolve().is_relative_to(root):
+        raise SystemExit(f"--out {args.out}: lies in the folder that --reconstruct reads; name another")
+    path = args.decoder or "runs/decoder/last.pt"
+    decoder, config = open_decoder(args, path, {}, device)
+    demo = config.get("preset") == "demo"
+    if demo and not args.decoder and not root.is_relative_to(Path(config["data"]).resolve()):
+        raise SystemExit(f"{path} is the demo's, {args.reconstruct} is not: name another by --decoder FILE")
+
+    size = decoder.grid * decoder.patch_size
+    data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
+    # Fewer than all are drawn evenly over the classes.
+    num = min(args.num or len(data), len(data))
+    originals = Subset(data, even_order(len(data), num, num)[0])
+
+    # A bare decoder tells no more than the grid; the encoder's size follows from it.
+    name = args.encoder or config["encoder"]
+    encoder = Encoder(
+        name,
+        config.get("encoder_size"),
+        size,
+        args.encoder_weights or config.get("encoder_weights"),
+        args.layers or config.get("layers"),
+        decoder.patch_size,
+    )
+    encoder.to(device)
+    check_same(encoder.config(), f"the encoder {name}", config, f"--decoder {path}")
+
+    def images(batches):
+        loaded = load_images(originals, batches, device, args.workers)
+        for indices, (x, _) in zip(batches, loaded, strict=True):
+            with exact_fp32():  # these images are for evaluation
+                z = encoder(x)  # (B,C,G,G)
+                if args.latent_noise:
+                    z = z + args.latent_noise * draw_noise(indices, z.shape[1:], args.seed).to(device)
+                xhat = decoder(z)  # (B,3,S,S)
+            yield xhat
+
+    settings = {
+        **encoder.config(),
+        "decoder": config["decoder_hash"],
+        "images": files_hash(data),
+        "num": num,
+        "latent_noise": args.latent_noise,
+        "seed": args.seed,
+        "precision": precision,
+        "reference": args.reconstruct if root.is_dir() else None,
+        "crop": size,
+        "demo": demo,
+    }
+    return ImageSource(num, f"{data.summary()}, decoder {path}", settings, images, originals=originals)
+
+
+def files_hash(data):
+    """A hash of names, sizes and times of all images: another picture under an old name changes it."""
+    # A link to nothing has a status of its own: it is a broken image, which the loader names or replaces.
+    files = [os.lstat(data.path(i)) for i in range(len(data))]
+    return data.hash() + fingerprint([torch.tensor([(file.st_size, file.st_mtime_ns) for file in files])])
+
+
+def scores(files, originals, workers):
+    """Mean over images of the PSNR in dB on 8-bit pixels, and how many images there are and were broken.
+
+    An exact copy counts as 100 dB, the most that an image can have: JSON has no infinity.
+    """
+    loaded = load_images(originals, [[i] for i in range(len(files))], torch.device("cpu"), workers)
+    psnr = []  # of each image
+    for file, (x, _) in zip(files, loaded, strict=True):
+        error = (to_pixels(x)[0] - np.array(Image.open(file), float)) / 255  # (S,S,3)
+        psnr.append(-10 * math.log10(max(1e-10, np.square(error).mean())))
+    broken = originals.dataset.broken.count_nonzero().item()
+    return {"psnr": np.mean(psnr), "images": len(files), "broken": broken}
+
+
+# The folder of images
+
+
+def check_folder(out, settings):
+    """Make the folder OUT. Raises SystemExit for one of other scripts or settings, or that can't be made."""
+    check_own_folder(out, "settings.json")
+    path = f"{out}/settings.json"
+    try:
+        os.makedirs(out, exist_ok=True)
+        stored = dict(json.loads(Path(path).read_bytes())) if os.path.exists(path) else settings
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"--out {out}: can't be used ({reason(error)}); name another folder") from None
+    for key, value in settings.items():
+        if key != "reference" and stored.get(key) != value:
+            problem = f"has images of {key} {stored.get(key)}, this run's are of {value}"
+            raise SystemExit(f"--out {out}: {problem}; name another folder")
+
+
+def is_whole(file):
+    """Whether a PNG is there up to its end: full disks and broken copies leave cut ones."""
+    try:
+        with open(file, "rb") as png:
+            png.seek(-8, os.SEEK_END)
+            return png.read(4) == b"IEND"  # the last chunk, of which a checksum follows
+    except OSError:  # no file, or a shorter one
+        return False
+
+
+def save_image(path, pixels):
+    """Write pixels (H,W,3) as a PNG, without fsync: after a crash a cut one is made anew."""
+    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), sync=False)
+
+
+def make_images(made, batches, files, progress):
+    """Write the images (B,3,S,S) of each list of indices.
+
+    Raises SystemExit for images that are not finite, and writes none of their batch.
+    """
+    # In threads, since PNGs one after the other took a quarter of the time of sampling.
+    with ThreadPoolExecutor() as threads:
+        for indices, images in zip(batches, made, strict=True):
+            for k, image in enumerate(images):
+                if not image.isfinite().all():
+                    advice = "--precision fp32 may help, or an earlier checkpoint"
+                    raise SystemExit(f"image {indices[k]} is not finite; {advice}")
+            # A list, since map alone would not raise what a thread raised.
+            list(threads.map(save_image, [files[i] for i in indices], to_pixels(images)))
+            progress.update(len(indices))
+
+
+def write_sheet(path, files, classes):
+    """Write the first images on one sheet of up to ten full rows, where possible each column of one class."""
+    columns = min(10 // classes * classes or 10, len(files))
+    rows = min(10, len(files) // columns)
+    images = [pil_to_tensor(Image.open(file)) for file in files[: rows * columns]]  # each (3,S,S)
+    sheet = make_grid(images, columns, padding=0)  # (3, rows * S, columns * S)
+    save_image(path, sheet.permute(1, 2, 0).numpy())
+
+
+def write_npz(path, files, classes):
+    """Write arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,)."""
+
+    def write(file):
+        # On the disk, since 50,000 images of 256 pixels are 10 GB.
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as disk:
+            for name in files:
+                disk.write(Image.open(name).tobytes())
+            size = Image.open(files[0]).width
+            images = np.memmap(disk, np.uint8, "r", shape=(len(files), size, size, 3))
+            np.savez(file, arr_0=images, arr_1=np.resize(classes, len(files)))
+
+    write_file(path, write)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
