@@ -1,46 +1,62 @@
-"""The scripts live one folder up and are imported as they are; here is what tests of several need."""
+"""The scripts live one folder up and are imported as they are; every test has a time limit."""
 
+import contextlib
+import faulthandler
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import helpers  # noqa: E402
+from helpers import equal, message, read  # noqa: E402, F401
+
 import rae_encoder  # noqa: E402
+
+SECONDS = 180  # of a test with its fixtures: a deadlock of ranks is a failure, not a hang
+STDERR = []  # pytest's own, in which a traceback is seen at once
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts processes or takes longer than a second")
+    STDERR.append(os.dup(2))
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def expire(*_):
+        kill_children(os.getpid())
+        pytest.fail(f"no end within {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(SECONDS)
+    # Where the main thread waits outside of Python no signal is handled: a minute later the suite ends.
+    faulthandler.dump_traceback_later(SECONDS + 60, exit=True, file=STDERR[0])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        helpers.kill_started()
 
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def message(function, *args):
-    """The one line that function(*args) ends in."""
-    with pytest.raises(SystemExit) as error:
-        function(*args)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def kill_children(pid):
+    """Kill all that process `pid` has started, and what these have started, where there is a /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid:
+                child = int(stat.parent.name)
+                kill_children(child)
+                os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with 22 images of the demo; signals are given back to pytest afterwards."""
+    """A working folder with 22 images of the demo."""
     monkeypatch.chdir(tmp_path)
     rae_encoder.draw_demo("data/demo", num=22)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield tmp_path
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return tmp_path
