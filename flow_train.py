@@ -336,10 +336,10 @@ def main(argv=None):
         progress.update()
 
     # A run that ends early leaves its last good step.
-    if first < step < steps:
+    if recent:
         report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        if rank == 0:
-            save(args, state, step, checkpoint)
+    if rank == 0 and first < step < steps:
+        save(args, state, step, checkpoint)
     command = rae_encoder.next_command("sample.py", 1, args.out, "samples", flow=f"{args.out}/last.pt")
     rae_encoder.end_of_run(args, rank, progress, step, steps, data, device, stops, command)
 

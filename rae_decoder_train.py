@@ -552,10 +552,10 @@ def main(argv=None):
         progress.update()
 
     # A run that ends early leaves its last good step.
-    if first < step < steps:
+    if recent:
         report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        if rank == 0:
-            save(args, state, step, checkpoint)
+    if rank == 0 and first < step < steps:
+        save(args, state, step, checkpoint)
     command = rae_encoder.next_command(
         "flow_train.py", world, args.out, "flow", decoder=f"{args.out}/last.pt"
     )
