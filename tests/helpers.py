@@ -201,6 +201,8 @@ def write_flow(path, name="DiT-DH-S", seed=0, **changes):
         "classes": ["cat", "dog", "7"][:CLASSES],
         "num_classes": CLASSES,
         "shift": 1.7,
+        "prediction": "v",
+        "base_depth": None,
     }
     config |= changes
     networks = [
