@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from conftest import message
+from helpers import message
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -23,15 +24,23 @@ import rae_decoder_train
 import sample
 from rae_decoder_train import Decoder, load_decoder
 
-ROOT = Path(__file__).parents[1]
-# Type, width and patch of the encoder, its pixels' mean and deviation, and our name for it.
+README = (Path(__file__).parents[1] / "README.md").read_text()
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HALF = [0.5] * 3, [0.5] * 3
+# Type, width and patch of the encoder, its pixels' mean and deviation, and timm's name for it.
 ENCODERS = [
-    ("dinov2", 384, 14, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "dinov2-small"),
-    ("dinov2", 768, 14, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "dinov2-base"),
-    ("dinov2", 1024, 14, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "dinov2-large"),
-    ("siglip2", 768, 16, [0.5] * 3, [0.5] * 3, "siglip2-base"),
-    ("mae", 768, 16, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "mae-base"),
+    ("dinov2", 384, 14, *IMAGENET, "vit_small_patch14_reg4_dinov2.lvd142m"),
+    ("dinov2", 768, 14, *IMAGENET, "vit_base_patch14_reg4_dinov2.lvd142m"),
+    ("dinov2", 1024, 14, *IMAGENET, "vit_large_patch14_reg4_dinov2.lvd142m"),
+    ("siglip2", 768, 16, *HALF, "vit_base_patch16_siglip_256.v2_webli"),
+    ("mae", 768, 16, *IMAGENET, "vit_base_patch16_224.mae"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_vit(monkeypatch):
+    """ViT-mini so small that nothing here takes long: width, depth, heads, MLP."""
+    monkeypatch.setitem(rae_decoder_train.DECODERS, "ViT-mini", (32, 2, 4, 64))
 
 
 def make_decoder(channels, grid, mean, std, seed=0):
@@ -39,7 +48,7 @@ def make_decoder(channels, grid, mean, std, seed=0):
     torch.manual_seed(seed)
     decoder = Decoder(name="ViT-mini", channels=channels, grid=grid, patch_size=2, mean=mean, std=std).eval()
     for parameter in decoder.parameters():
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.3)
     return decoder
 
 
@@ -76,10 +85,10 @@ def write_autoencoder(folder, kind, width, patch, decoder, statistics=None, head
         "encoder_input_size": patch * decoder.grid,
         "patch_size": decoder.patch_size,
         "image_size": None,
-        "decoder_hidden_size": 256,
-        "decoder_num_hidden_layers": 6,
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": heads,
-        "decoder_intermediate_size": 1024,
+        "decoder_intermediate_size": 64,
         "num_channels": 3,
         "encoder_norm_mean": None,
         "latents_mean": statistics and statistics[0].tolist(),
@@ -109,9 +118,29 @@ def test_an_autoencoder_is_read_by_the_map_of_names(tmp_path, number, grid):
         torch.testing.assert_close(config["statistics"], statistics, rtol=0, atol=1e-6)
 
     # A flow of another encoder is no pair with it.
-    flow_train.check_decoder(folder, {"encoder": name, "latent_shape": [width, grid, grid]})
-    line = message(flow_train.check_decoder, folder, {"encoder": "test_vit"})
-    assert f"--decoder {folder} has {name}: they are no pair" in line
+    flow_train.identify_decoder(folder, {"encoder": name, "latent_shape": [width, grid, grid]})
+    line = message(flow_train.identify_decoder, folder, {"encoder": "test_vit"})
+    assert re.match(f"this run has encoder test_vit, --decoder {folder} has .*{re.escape(name)}: ", line)
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.0] * 3, [1.0] * 3), ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
+def test_training_starts_from_it_with_its_own_pixels(tmp_path, monkeypatch, mean, std):
+    expected = make_decoder(384, 16, mean, std)
+    folder = write_autoencoder(tmp_path / "rae", "dinov2", 384, 14, expected)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
+    flags = f"--init {folder} --encoder dinov2-small --encoder-weights random --patch-size 2 --image-size 32"
+    args = rae_decoder_train.parse_args([*flags.split(), "--layers", "last"])
+    _, decoder, ema, config = rae_decoder_train.open_networks(args, torch.device("cpu"))
+    z = torch.randn(2, 384, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(decoder(z), expected(z)) and torch.equal(ema(z), expected(z))
+    for name, values in (("mean", mean), ("std", std)):
+        assert config["decoder"][name] == pytest.approx(values, rel=1e-6)
+
+    args.encoder_size = 112
+    line = message(rae_decoder_train.open_networks, args, torch.device("cpu"))
+    assert re.match(f"this run has encoder_size 112, --init {folder} has .*224: ", line)
 
 
 def test_sampling_takes_its_statistics(tmp_path, monkeypatch):
@@ -122,8 +151,8 @@ def test_sampling_takes_its_statistics(tmp_path, monkeypatch):
     write_autoencoder("rae", "dinov2", 384, 14, decoder, (mean, var))
     write_autoencoder("plain", "dinov2", 384, 14, decoder)
     torch.save({"mean": mean, "var": var}, "stats.pt")
-    sizes = {"width": 32, "depth": 1, "heads": 2, "head_width": 32, "head_depth": 1, "head_heads": 2}
-    network = dit_dh.build("DiT-DH-S", shape, 3, **(sizes | {"head_depth": 2}))
+    sizes = {"width": 32, "depth": 1, "heads": 2, "head_width": 32, "head_depth": 2, "head_heads": 2}
+    network = dit_dh.build("DiT-DH-S", shape, 3, **sizes)
     for parameter in network.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -136,7 +165,7 @@ def test_sampling_takes_its_statistics(tmp_path, monkeypatch):
     a, b = (np.array(Image.open(f"{out}/000000.png")).astype(int) for out in "ab")
     assert abs(a - b).max() <= 1 and a.std() > 5
     line = message(sample.main, f"{flags} --decoder plain --out c".split())
-    assert "--flow flow.pt: a bare state dict needs its latents' statistics" in line
+    assert line == "--flow flow.pt: does not tell its latents' statistics; --stats FILE"
 
 
 def test_other_folders_end_in_one_line(tmp_path):
@@ -171,16 +200,16 @@ def random_autoencoder(grid, statistics=None):
         encoder_hidden_size=384,
         encoder_num_hidden_layers=1,
         encoder_input_size=14 * grid,
-        decoder_hidden_size=256,
-        decoder_num_hidden_layers=6,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=2,
         decoder_num_attention_heads=4,
-        decoder_intermediate_size=1024,
+        decoder_intermediate_size=64,
         patch_size=2,
         latents_mean=mean,
         latents_std=None if var is None else (var + 1e-5).sqrt(),
     )
     for parameter in model.decoder.parameters():
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
@@ -220,18 +249,16 @@ def test_at_32_tokens_a_side_diffusers_halves_the_positions(tmp_path):
     assert errors(model, decoder, None, 32)[0] < 1e-5
     # Theirs: every second token is at the place of a token of a 16 x 16 grid.
     theirs = model.decoder.decoder_pos_embed[:, 1:].unflatten(1, (32, 32))[:, ::2, ::2]
-    ours = rae_decoder_train.sincos_position(256, 16).unflatten(1, (16, 16))
+    ours = rae_decoder_train.sincos_position(32, 16).unflatten(1, (16, 16))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
 def test_readmes_lines_write_what_diffusers_reads(tmp_path, monkeypatch):
+    blocks = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    (lines,) = [block for block in blocks if "AutoencoderRAE" in block]
     autoencoder = autoencoder_class()
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (lines,) = [block for block in blocks if "AutoencoderRAE" in block] or [None]
-    if lines is None:
-        pytest.skip("README.md has no lines that write an AutoencoderRAE")
     monkeypatch.chdir(tmp_path)
     statistics = make_statistics((384, 16, 16))
     sizes = {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -244,7 +271,7 @@ def test_readmes_lines_write_what_diffusers_reads(tmp_path, monkeypatch):
     decoder = make_decoder(384, 16, *ENCODERS[0][3:5])
     sizes = {"name": "ViT-mini", "channels": 384, "grid": 16, "patch_size": 2}
     sizes |= {"mean": ENCODERS[0][3], "std": ENCODERS[0][4]}
-    config = {"encoder": "dinov2-small", "encoder_size": 224, "image_size": 32}
+    config = {"encoder": ENCODERS[0][5], "encoder_size": 224, "image_size": 32, "layers": None}
     config |= {"latent_shape": [384, 16, 16], "decoder": sizes, "noise_tau": 0.8}
     file = {"format": "rae-decoder/1", "config": config, "ema": decoder.state_dict(), "args": {}}
     os.makedirs("runs/decoder")
