@@ -22,6 +22,7 @@ from torch.nn.functional import relu
 import dit_dh
 import flow_train
 import rae_decoder_train
+import rae_encoder
 import sample
 from rae_encoder import Encoder
 
@@ -133,11 +134,11 @@ def assert_updated(state, start, updated, unseen="nothing"):
             assert excess < 1, (name, float(excess))
 
 
-def assert_averaged(ema, before, state):
-    """Compares an EMA after a step with 0.9 of itself before and 0.1 of the weights; fp32 rounds at 6e-8."""
+def assert_averaged(ema, before, state, decay=0.9):
+    """Compares an EMA after a step with its average before and the weights; fp32 rounds at 6e-8."""
     assert ema.keys() == before.keys() == state.keys()
     for name, value in ema.items():
-        average = 0.9 * before[name].double() + 0.1 * state[name].double()
+        average = decay * before[name].double() + (1 - decay) * state[name].double()
         assert torch.allclose(value.double(), average, rtol=3e-7, atol=1e-8), name
 
 
@@ -188,14 +189,17 @@ def center_crop(path, size):
     return image.crop((left, top, left + size, top + size))
 
 
+@pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("variant", ["images", "cache"])
-def test_three_steps_of_stage_2(paths, moved_network, variant):
+def test_three_steps_of_stage_2(paths, moved_network, variant, flip):
     """Images: the formula's shift, logit-normal times. Cache: shift 3, uniform times, x, with a base."""
     if variant == "images":
         flags = f"{COMMON} {FLOW} --clip 0.5"
     else:
         flags = f"{COMMON} {FLOW} --cache-latents --shift 3 --time-dist uniform --prediction x --base-depth 1"
-        flags += " --log-every 3"
+        flags = flags.replace("--ema 0.9", "") + " --log-every 3"
+    if not flip:
+        flags += " --no-flip"
     flow_train.main(flags.split())
     checkpoints, log = read_run(steps=3)
 
@@ -204,7 +208,8 @@ def test_three_steps_of_stage_2(paths, moved_network, variant):
     images = [center_crop(path, 48) for path, _ in paths]
     mirrors = [ImageOps.mirror(image) for image in images]
     latents = torch.stack([encoder(to_tensor(images)), encoder(to_tensor(mirrors))], dim=1)
-    views = latents.double().numpy().reshape(44, 64, 12, 12)
+    views = latents.double().numpy() if flip else latents[:, :1].double().numpy()
+    views = views.reshape(-1, 64, 12, 12)
     mean = views.mean(axis=0)
     var = views.var(axis=0)
     assert np.allclose(checkpoints[-1]["mean"], mean, rtol=1e-6, atol=1e-6)
@@ -232,9 +237,9 @@ def test_three_steps_of_stage_2(paths, moved_network, variant):
         # Each step starts where the command's own step did, so that rounding does not add up.
         network.load_state_dict(states[step])
 
-        # Data: of each image or its mirror, by the draw of (seed, epoch, image)
+        # Data: each image or its mirror, by the draw of (seed, epoch, image)
         epoch, batch = batch_of(step)
-        mirrored = [int(np.random.default_rng((SEED, epoch, i)).random() < 0.5) for i in batch]
+        mirrored = [int(flip and np.random.default_rng((SEED, epoch, i)).random() < 0.5) for i in batch]
         z = latents[batch, mirrored].double().numpy()
         x = torch.from_numpy((z - mean) / np.sqrt(var + 1e-5)).float()  # (8,64,12,12)
         y = torch.tensor([paths[i][1] for i in batch])
@@ -270,7 +275,9 @@ def test_three_steps_of_stage_2(paths, moved_network, variant):
         terms.append({"step": step + 1, "loss": loss.item(), "gradient_norm": norm, "lr": lr})
         updated = optimizer.update(states[step], gradients, lr)
         assert_updated(states[step + 1], start, updated)
-        assert_averaged(emas[step + 1], emas[step], states[step + 1])
+        # An EMA that no flag gives is at most 1 - 10 / steps, which is below 0.
+        decay = 0.9 if variant == "images" else 0.0
+        assert_averaged(emas[step + 1], emas[step], states[step + 1], decay)
 
     # A line of the log has the means of the steps since the line before it, and the last learning rate.
     if variant == "cache":
@@ -605,7 +612,6 @@ def assert_images(folder, expected):
             "-n 4 --steps 5 --internal-guidance 1.78 --guidance-interval 0.4 0.8",
             {"steps": 5, "internal": 1.78, "interval": (0.4, 0.8)},
         ),
-        ("-n 4 --steps 4 --internal-guidance --cfg 1.6", {"steps": 4, "internal": 1.6}),
         (
             "-n 4 --steps 4 --internal-guidance 1.3 --cfg 1.6",
             {"steps": 4, "internal": 1.3, "scale": 1.6},
@@ -679,12 +685,14 @@ def test_reconstructions_by_hand(trained, tmp_path, capsys, flags, layers, numbe
 STAGE_2 = {
     "encoder": "dinov2-base",
     "encoder_size": None,
-    "layers": None,
+    "patch_size": 16,
+    "layers": "last",
     "model": "DiT-DH-XL",
     "prediction": "v",
     "base_depth": None,
     "time_dist": "logit-normal",
     "shift": None,
+    "flip": True,
     "stats_images": 50_000,
     "batch_size": 1024,
     "epochs": 1400,
@@ -699,8 +707,10 @@ STAGE_2 = {
 STAGE_1 = {
     "encoder": "dinov2-base",
     "encoder_size": None,
-    "layers": None,
+    "patch_size": 16,
+    "layers": "last",
     "decoder": "ViT-XL",
+    "raw_pixels": False,
     "noise_tau": 0.8,
     "noise_law": "uniform",
     "lpips_weight": 1.0,
@@ -737,24 +747,41 @@ def test_the_recipe_of_stage_2(preset, size, recipe, shift):
     assert flow_train.default_shift([channels, size // 16, size // 16]) == pytest.approx(shift, rel=1e-12)
 
     # 1,281,167 images are 1,251 batches of 1,024.
-    steps_per_epoch, steps = flow_train.plan_steps(1_281_167, args, world=8)
-    hold, decay = flow_train.milestones(args, steps_per_epoch, steps)
-    expected = [1251 * recipe[name] for name in ("epochs", "hold_epochs", "decay_epochs")]
-    assert steps_per_epoch == 1251 and [steps, hold, decay] == expected
+    steps, hold, decay = flow_train.schedule(args, 1_281_167, world=8)
+    assert [steps, hold, decay] == [1251 * recipe[name] for name in ("epochs", "hold_epochs", "decay_epochs")]
+    assert rae_encoder.ema_decay(args, steps) == 0.9995
 
 
 @pytest.mark.parametrize(
     ("preset", "size", "recipe"),
-    [("imagenet256", 256, STAGE_1), ("imagenet512", 512, STAGE_1), ("raev2", 256, STAGE_1 | RAEV2)],
+    [
+        ("imagenet256", 256, STAGE_1),
+        ("imagenet512", 512, STAGE_1),
+        ("raev2", 256, STAGE_1 | RAEV2 | {"raw_pixels": True}),
+    ],
 )
 def test_the_recipe_of_stage_1(preset, size, recipe):
     args = rae_decoder_train.parse_args(["--preset", preset, "--data", "x"])
     assert {name: getattr(args, name) for name in recipe} == recipe and args.image_size == size
 
     # 1,281,167 images are 2,502 batches of 512.
-    steps_per_epoch, steps = rae_decoder_train.plan_steps(1_281_167, args, world=8)
-    assert (steps_per_epoch, steps) == (2502, 16 * 2502)
-    assert rae_decoder_train.milestones(args, steps_per_epoch, steps) == (2502, 6 * 2502, 8 * 2502)
+    steps, warmup, disc_start, gan_start = rae_decoder_train.schedule(args, 1_281_167, world=8)
+    assert [steps, warmup, disc_start, gan_start] == [2502 * epochs for epochs in (16, 1, 6, 8)]
+    assert rae_encoder.ema_decay(args, steps) == 0.9978
+
+
+def test_short_runs_bound_what_no_flag_gives():
+    """EMA at most 1 - 10 / steps and warm-up at most a tenth of the steps; flags are obeyed."""
+    recipe = ["--preset", "imagenet256", "--data", "x", "--steps", "500"]
+    for train, default in ((flow_train, 0.9995), (rae_decoder_train, 0.9978)):
+        short = train.parse_args(recipe)
+        given = train.parse_args([*recipe, "--ema", str(default)])
+        assert rae_encoder.ema_decay(short, 500) == pytest.approx(0.98)
+        assert rae_encoder.ema_decay(given, 500) == default
+        assert rae_encoder.ema_decay(short, 10**6) == default
+    for flags, warmup in (([], 50), (["--warmup-epochs", "1"], 2502), (["--warmup-epochs", "0.01"], 25)):
+        args = rae_decoder_train.parse_args([*recipe, *flags])
+        assert rae_decoder_train.schedule(args, 1_281_167, world=1)[:2] == (500, warmup)
 
 
 def heads_of(network, *inputs):
