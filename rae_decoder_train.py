@@ -543,9 +543,11 @@ def main(argv=None):
         final = step == steps
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        if rank == 0 and (final or step % args.save_every == 0):
+        # An evaluation that dies must not take its step with it.
+        evaluated = args.eval_data and (final or step % args.eval_every == 0)
+        if rank == 0 and (final or evaluated or step % args.save_every == 0):
             save(args, state, step, checkpoint)
-        if args.eval_data and (final or step % args.eval_every == 0):
+        if evaluated:
             evaluate_run(log, progress, step, ema, encoder, perceptual, held_out, args.workers, rank, world)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
             save_preview(args.out, step, log, ema, encoder, preview)

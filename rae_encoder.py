@@ -985,6 +985,7 @@ def write_log(log, step, record):
     if board:
         for name, value in record.items():
             board.add_scalar(name, value, step)
+        board.flush()  # the writer's thread dies with the process
 
 
 def log_picture(log, step, path):
@@ -992,6 +993,7 @@ def log_picture(log, step, path):
     board = log[1]
     if board and os.path.exists(path):
         board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
+        board.flush()
 
 
 def read_start(args, checkpoint_format):
