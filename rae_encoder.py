@@ -843,7 +843,10 @@ def set_up(args):
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
     # One rank draws, the others wait for it.
     if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
-        draw_demo(args.data)
+        try:
+            draw_demo(args.data)
+        except OSError as error:
+            raise SystemExit(f"{args.data}: the demo's images can't be drawn ({reason(error)})") from None
     if world > 1:
         dist.barrier()
     return rank, world, device
@@ -1249,9 +1252,9 @@ def list_images(root, flag):
 
         # Two or more such folders are the parts of a data set, of which one is for training.
         if folder == root:
-            parts = [
-                name for name in subfolders if name.lower() in ("train", "val", "valid", "validation", "test")
-            ]
+            names_of = {name.lower(): name for name in subfolders}
+            known = ("train", "val", "valid", "validation", "test")
+            parts = [names_of[part] for part in known if part in names_of]
             if len(parts) > 1:
                 raise SystemExit(
                     f"{flag} {root}: has the parts {', '.join(parts)}; name one: {root}/{parts[0]}"
