@@ -81,6 +81,8 @@ def be_rank(names, before, function, args):
         Path(path).unlink(missing_ok=True)
         setattr(sys, stream, open(path, "w", buffering=1))  # noqa: SIM115
     torch.set_num_threads(1)
+    # A loading process of this one would otherwise start, and import all of this, once more.
+    multiprocessing.set_start_method("fork", force=True)
     for prepare in before:
         prepare()
     function(*args)
