@@ -44,7 +44,7 @@ def plain_kernels():
     torch.set_num_threads(threads)
 
 
-def draw_images(folder):
+def draw_images(folder, levels=(0, 256)):
     """Draws 22 images in three classes; returns (path, class) of each, in the order of the data."""
     rng = np.random.default_rng(1)
     paths = []
@@ -53,17 +53,11 @@ def draw_images(folder):
         # Numbers by value: 8, 9, 10, 11 in the order of the text would begin with 10.
         for i in range(8, 8 + number):
             width, height = rng.integers(50, 120, size=2)
-            pixels = rng.integers(256, size=(6, 6, 3), dtype=np.uint8)
+            pixels = rng.integers(*levels, size=(6, 6, 3), dtype=np.uint8)
             path = folder / "images" / name / f"{i}.png"
             Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
             paths.append((path, label))
     return paths
-
-
-@pytest.fixture
-def paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return draw_images(tmp_path)
 
 
 def batch_of(step):
@@ -163,6 +157,13 @@ FLOW = f"{MODEL} --image-size 48 --encoder-size 192 --steps 3 --hold-epochs 0.25
 
 
 @pytest.fixture
+def flat_paths(tmp_path, monkeypatch):
+    """Images of little contrast, whose latents have a variance of 0.01: the 1e-5 beside it counts."""
+    monkeypatch.chdir(tmp_path)
+    return draw_images(tmp_path, levels=(126, 130))
+
+
+@pytest.fixture
 def moved_network(monkeypatch):
     """dit_dh.build with all weights moved: at its own start most gradients are 0, and labels don't count."""
     build = dit_dh.build
@@ -191,7 +192,7 @@ def center_crop(path, size):
 
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("variant", ["images", "cache"])
-def test_three_steps_of_stage_2(paths, moved_network, variant, flip):
+def test_three_steps_of_stage_2(flat_paths, moved_network, variant, flip):
     """Images: the formula's shift, logit-normal times. Cache: shift 3, uniform times, x, with a base."""
     if variant == "images":
         flags = f"{COMMON} {FLOW} --clip 0.5"
@@ -205,7 +206,7 @@ def test_three_steps_of_stage_2(paths, moved_network, variant, flip):
 
     # Latents (22,2,64,12,12) of all images and of their mirrors
     encoder = Encoder("test_vit", encoder_size=192, weights="random")
-    images = [center_crop(path, 48) for path, _ in paths]
+    images = [center_crop(path, 48) for path, _ in flat_paths]
     mirrors = [ImageOps.mirror(image) for image in images]
     latents = torch.stack([encoder(to_tensor(images)), encoder(to_tensor(mirrors))], dim=1)
     views = latents.double().numpy() if flip else latents[:, :1].double().numpy()
@@ -213,7 +214,7 @@ def test_three_steps_of_stage_2(paths, moved_network, variant, flip):
     mean = views.mean(axis=0)
     var = views.var(axis=0)
     assert np.allclose(checkpoints[-1]["mean"], mean, rtol=1e-6, atol=1e-6)
-    assert np.allclose(checkpoints[-1]["var"], var, rtol=1e-6, atol=1e-6)
+    assert np.allclose(checkpoints[-1]["var"], var, rtol=1e-5, atol=1e-8)
 
     # 64 channels and 144 positions: sqrt(9216 / 4096) = 1.5
     shift = 1.5 if variant == "images" else 3.0
@@ -242,7 +243,7 @@ def test_three_steps_of_stage_2(paths, moved_network, variant, flip):
         mirrored = [int(flip and np.random.default_rng((SEED, epoch, i)).random() < 0.5) for i in batch]
         z = latents[batch, mirrored].double().numpy()
         x = torch.from_numpy((z - mean) / np.sqrt(var + 1e-5)).float()  # (8,64,12,12)
-        y = torch.tensor([paths[i][1] for i in batch])
+        y = torch.tensor([flat_paths[i][1] for i in batch])
 
         # The draws of a step: times, noise, dropped labels
         torch.manual_seed(seed_of(step))
@@ -294,6 +295,12 @@ SMALL_VIT = (32, 2, 2, 48)
 DECODER = """--image-size 16 --encoder-size 64 --patch-size 4 --decoder ViT-mini --steps 4 --warmup-epochs 1
     --noise-tau 0.6 --lpips-weight 0.5 --lpips-weights vgg.pt"""
 GAN = """--gan-weight 0.75 --disc-weights random --disc-start 0.5 --gan-start 1 --noise-law half-normal"""
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return draw_images(tmp_path)
 
 
 @pytest.fixture
