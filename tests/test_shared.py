@@ -413,6 +413,13 @@ def test_one_process_draws_the_demo_once(monkeypatch, tmp_path):
     assert drawn == ["data/demo"]
 
 
+def test_a_demo_that_cannot_be_drawn_ends_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("data").write_text("no folder")
+    line = message(rae_encoder.main, ["--workers", "0"])
+    assert line.startswith("data/demo: the demo's images can't be drawn ([Errno 20] Not a directory")
+
+
 @pytest.mark.parametrize(
     ("system", "device", "works", "expected"),
     [
