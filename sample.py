@@ -3,7 +3,7 @@
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), section 4.
 Image i depends on the checkpoints, the seed and i alone, not on batch size, number of ranks or resume.
 
-    python sample.py                                        # of runs/flow/last.pt; the demo's: seconds
+    python sample.py                                        # the last training's; seconds for the demo
     python sample.py --preset imagenet256 -n 16             # the released networks, from the Hugging Face hub
     torchrun --nproc_per_node 8 sample.py --preset imagenet256 --autoguide --npz
     python sample.py --reconstruct imagenet/val --out reconstructions
@@ -94,7 +94,7 @@ PRESETS = {
     },
     "raev2": RAEV2 | {"num": 50_000, "raw_pixels": True},
 }
-# The weak network that guides a preset's flow, and the paper's scale of it (section 4.3)
+# A weak network guides a preset's flow, with the paper's scale (section 4.3).
 AUTOGUIDE = {
     "imagenet256": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt", 1.42),
     "imagenet512": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", 1.5),
@@ -182,14 +182,14 @@ def to_pixels(images):
 
 
 class ImageSource(NamedTuple):
-    """What main() makes, with everything about it decided and checked."""
+    """Images that main() makes, with everything about them decided and checked."""
 
     num: int
     summary: str  # for the first line of output
     settings: dict  # all that decides the pixels, and what fid.py asks for
     images: Callable  # lists of indices below num -> for each list images (B,3,S,S)
-    classes: list = [0]  # of samples, which take them in turn
-    originals: Subset | None = None  # of reconstructions
+    classes: list = [0]  # samples take these labels in turn
+    originals: Subset | None = None  # None for samples
 
 
 def open_sampling(args, device, precision):
@@ -215,9 +215,7 @@ def open_sampling(args, device, precision):
         raise SystemExit(f"--internal-guidance: {args.flow} has no base output (flow_train.py --base-depth)")
 
     # Released files do not store the shift; compute it (section 4.2).
-    formula = max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
-    shift = args.shift or config.get("shift", formula)
-    grid = time_grid(steps, shift, args.t_end)
+    shift = args.shift or config.get("shift") or max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
     # The classes take turns, so that each has as many images: the protocol of the paper's FID.
     classes = class_numbers(args.classes, config.get("classes", []), model.num_classes)
 
@@ -228,6 +226,7 @@ def open_sampling(args, device, precision):
         def velocity(x, t):
             return guided_velocity(model, x, t, y, weak, scale=scale, internal=internal, interval=interval)
 
+        grid = time_grid(steps, shift, args.t_end)
         z = sample_latents(velocity, noise, grid, args.solver)  # (B,C,G,G)
         return decoder(z * std + mean)  # (B,3,S,S)
 
@@ -369,12 +368,11 @@ def main(argv=None):
     missing = answer[0]
 
     if rank == 0:
-        text = json.dumps(source.settings).encode()
-        write_file(f"{args.out}/settings.json", lambda file: file.write(text))
+        write_file(f"{args.out}/settings.json", lambda file: file.write(json.dumps(source.settings).encode()))
         demo = "The demo: its numbers compare with nothing. " if source.settings["demo"] else ""
         print(
-            f"{demo}{source.summary} -> {source.num} images in {args.out}, {len(missing)} of them missing; "
-            f"{world} x {device.type}, {precision} ({why})",
+            f"{demo}{source.summary} -> {source.num} images in {args.out}, {source.num - len(missing)} of them "
+            f"already there; {world} x {device.type}, {precision} ({why})",
             file=sys.stderr,
         )
 
@@ -382,7 +380,7 @@ def main(argv=None):
     mine = missing[rank::world]
     batches = list(BatchSampler(mine, max(1, args.batch_size // world), False))
     progress = tqdm(total=len(mine), unit="image", disable=rank > 0)
-    # autocast keeps its bf16 copies of the weights to the end of the region: one around all steps, one cast.
+    # autocast keeps its bf16 copies of the weights until its region ends; one around all steps casts once.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.no_grad(), autocast, progress:
         make_images(source.images(batches), batches, files, progress)
@@ -401,8 +399,9 @@ def main(argv=None):
         print(json.dumps(scores(files, source.originals, args.workers)))
     others = len(list(Path(args.out).rglob("*.png"))) - source.num
     beyond = f" (and {others} others, which fid.py counts as well)" if others else ""
-    command = shlex.join(["python", "fid.py", args.out])
-    following = f"; next: {command}" if source.settings["reference"] else ""
+    following = (
+        f"; next: {shlex.join(['python', 'fid.py', args.out])}" if source.settings["reference"] else ""
+    )
     print(f"all {source.num} images are in {args.out}{beyond}{following}", file=sys.stderr)
 
 
@@ -413,6 +412,7 @@ def build_parser():
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released networks")
 
+    # Networks have no flags of their sizes: the files tell these.
     add = parser.add_argument_group("networks").add_argument
     add("--flow", metavar="FILE", default=FLOW, help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", help="or a released file; default: the one the flow was trained with")
@@ -467,10 +467,10 @@ def parse_args(argv=None):
     """Flags over their preset's. Raises SystemExit for flags that contradict each other."""
     parser, sampling, reconstruction = build_parser()
     explicit = explicit_flags(parser, argv)
-    preset = explicit.get("preset")
-    parser.set_defaults(**PRESETS.get(preset, {}), explicit=explicit)
+    preset = explicit.get("preset", "small")
+    parser.set_defaults(**PRESETS[preset], explicit=explicit)
     if "reconstruct" in explicit:
-        # All images of the folder; in fp32, since they are for evaluation.
+        # Reconstructions are for evaluation: by default of all images of the folder, and in fp32.
         parser.set_defaults(num=None, precision="fp32")
     if explicit.get("autoguide") == "":
         if preset not in AUTOGUIDE:
@@ -478,6 +478,7 @@ def parse_args(argv=None):
         parser.set_defaults(cfg=AUTOGUIDE[preset][1])
     args = parser.parse_args(argv)
 
+    # Flags of the other task would be ignored in silence.
     foreign = sampling if args.reconstruct else reconstruction
     for action in foreign._group_actions:
         if action.dest in explicit:
@@ -514,17 +515,15 @@ def open_reconstruction(args, device, precision):
     originals = Subset(data, even_order(len(data), num, num)[0])
 
     # A bare decoder tells no more than the grid; the encoder's size follows from it.
-    name = args.encoder or config["encoder"]
     encoder = Encoder(
-        name,
+        args.encoder or config["encoder"],
         config.get("encoder_size"),
         size,
         args.encoder_weights or config.get("encoder_weights"),
         args.layers or config.get("layers"),
         decoder.patch_size,
-    )
-    encoder.to(device)
-    check_same(encoder.config(), f"the encoder {name}", config, f"--decoder {path}")
+    ).to(device)
+    check_same(encoder.config(), f"encoder {encoder.name}", config, f"--decoder {path}")
 
     def images(batches):
         loaded = load_images(originals, batches, device, args.workers)
@@ -553,7 +552,7 @@ def open_reconstruction(args, device, precision):
 
 def files_hash(data):
     """A hash of names, sizes and times of all images: another picture under an old name changes it."""
-    # A link to nothing has a status of its own: it is a broken image, which the loader names or replaces.
+    # lstat knows links to nothing, too: they are broken images, which the loader names or replaces.
     files = [os.lstat(data.path(i)) for i in range(len(data))]
     return data.hash() + fingerprint([torch.tensor([(file.st_size, file.st_mtime_ns) for file in files])])
 
@@ -568,8 +567,7 @@ def scores(files, originals, workers):
     for file, (x, _) in zip(files, loaded, strict=True):
         error = (to_pixels(x)[0] - np.array(Image.open(file), float)) / 255  # (S,S,3)
         psnr.append(-10 * math.log10(max(1e-10, np.square(error).mean())))
-    broken = originals.dataset.broken.count_nonzero().item()
-    return {"psnr": np.mean(psnr), "images": len(files), "broken": broken}
+    return {"psnr": np.mean(psnr), "images": len(files), "broken": originals.dataset.broken.sum().item()}
 
 
 # The folder of images
@@ -579,15 +577,16 @@ def check_folder(out, settings):
     """Make the folder OUT. Raises SystemExit for one of other scripts or settings, or that can't be made."""
     check_own_folder(out, "settings.json")
     path = f"{out}/settings.json"
+    stored = settings
     try:
         os.makedirs(out, exist_ok=True)
-        stored = dict(json.loads(Path(path).read_bytes())) if os.path.exists(path) else settings
+        if os.path.exists(path):
+            # A setting that the file lacks is None.
+            stored = {**dict.fromkeys(settings), **json.loads(Path(path).read_bytes())}
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"--out {out}: can't be used ({reason(error)}); name another folder") from None
-    for key, value in settings.items():
-        if key != "reference" and stored.get(key) != value:
-            problem = f"has images of {key} {stored.get(key)}, this run's are of {value}"
-            raise SystemExit(f"--out {out}: {problem}; name another folder")
+    keys = sorted(settings.keys() - {"reference", "crop", "demo"})
+    check_same(stored, f"--out {out}", settings, "this run", keys, "name another folder")
 
 
 def is_whole(file):
@@ -610,14 +609,14 @@ def make_images(made, batches, files, progress):
 
     Raises SystemExit for images that are not finite, and writes none of their batch.
     """
-    # In threads, since PNGs one after the other took a quarter of the time of sampling.
+    # Threads write the PNGs, which one after the other took a quarter of the time of sampling.
     with ThreadPoolExecutor() as threads:
         for indices, images in zip(batches, made, strict=True):
             for k, image in enumerate(images):
                 if not image.isfinite().all():
                     advice = "--precision fp32 may help, or an earlier checkpoint"
                     raise SystemExit(f"image {indices[k]} is not finite; {advice}")
-            # A list, since map alone would not raise what a thread raised.
+            # list() raises what a thread raised, map() alone would not.
             list(threads.map(save_image, [files[i] for i in indices], to_pixels(images)))
             progress.update(len(indices))
 
@@ -635,7 +634,7 @@ def write_npz(path, files, classes):
     """Write arr_0 images (N,S,S,3) uint8 and arr_1 labels (N,)."""
 
     def write(file):
-        # On the disk, since 50,000 images of 256 pixels are 10 GB.
+        # 50,000 images of 256 pixels are 10 GB: the disk collects them.
         with tempfile.TemporaryFile(dir=os.path.dirname(path)) as disk:
             for name in files:
                 disk.write(Image.open(name).tobytes())

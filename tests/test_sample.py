@@ -3,102 +3,107 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 import zipfile
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import (
+    BODY_AND_HEAD,
+    CLASSES,
+    SHAPE,
+    excite,
+    kill_ranks,
+    message,
+    narrow,
+    read,
+    run_ranks,
+    start_ranks,
+    write_decoder,
+)
+from helpers import write_flow as write_any_flow
 from PIL import Image
 
 import dit_dh
+import fid
+import rae_encoder
 import sample
-from rae_decoder_train import Decoder
-from rae_encoder import Encoder, center_crop, to_rgb
+from rae_decoder_train import DECODERS, Decoder
+from rae_encoder import Encoder, ImageData, center_crop, to_rgb, weights_hash
 
 ROOT = Path(__file__).parents[1]
-SHAPE = (64, 2, 2)  # test_vit at 32 px: 2x2 tokens of width 64
-CLASSES = 3
-BODY_AND_HEAD = dict(width=32, depth=1, heads=2, head_width=64, head_depth=1, head_heads=2)
+FAST = "--steps 3 --cfg 1 --precision fp32 --device cpu --workers 0"
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def excite(network, seed):
-    """adaLN-zero starts with a velocity of 0: gives every weight a value."""
-    torch.manual_seed(seed)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.15)
-    torch.nn.init.normal_(
-        network.y_embedder.embedding_table.weight, std=5
-    )  # so that labels show in the images
-    return network
-
-
-@cache
-def encoder_hash():
-    return Encoder("test_vit", 32, 32, "random").hash
-
-
-def write_flow(path, name="DiT-DH-S", seed=0, **changes):
-    sizes = BODY_AND_HEAD if "DH" in name else dict(width=32, depth=1, heads=2)
-    config = {
-        "encoder": "test_vit",
-        "encoder_hash": encoder_hash(),
-        "encoder_size": 32,
-        "image_size": 32,
-        "model": name,
-        "sizes": sizes,
-        "latent_shape": list(SHAPE),
-        "classes": ["cat", "dog", "7"][:CLASSES],
-        "num_classes": CLASSES,
-        "shift": 1.7,
-    }
-    config |= changes
-    networks = [
-        excite(dit_dh.build(name, config["latent_shape"], config["num_classes"], **sizes), s)
-        for s in (seed + 100, seed)
-    ]
-    torch.manual_seed(seed)
-    file = dict(format="rae-flow/1", config=config, step=7, optimizer={}, precision="fp32", args={})
-    file |= dict(mean=torch.randn(config["latent_shape"]), var=torch.rand(config["latent_shape"]) + 0.5)
-    file |= dict(zip(("model", "ema"), (network.state_dict() for network in networks), strict=True))
-    torch.save(file, path)
+def write_flow(path, name="DiT-DH-S", seed=0, data=None, **changes):
+    """A flow's checkpoint; changes are to its config."""
+    known = {"layers": None, "prediction": "v", "base_depth": None, "decoder": None}
+    write_any_flow(path, name, seed, **(known | changes))
+    if data:
+        alter(path, args={"data": str(data)})
     return str(path)
 
 
-def write_decoder(path, **changes):
-    torch.manual_seed(1)
-    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.5] * 3, std=[0.25] * 3)
-    config = {
-        "encoder": "test_vit",
-        "encoder_hash": encoder_hash(),
-        "encoder_size": 32,
-        "image_size": 32,
-        "latent_shape": list(SHAPE),
-        "decoder": sizes,
-        "noise_tau": 0.8,
-        "gan": False,
-    }
-    config |= changes
-    state = Decoder(**sizes).state_dict()
-    args = {"encoder_weights": "random", "preset": "small"}
-    torch.save(dict(format="rae-decoder/1", config=config, model={}, ema=state, step=3, args=args), path)
-    return str(path)
+def alter(path, to=None, **values):
+    """Replaces entries of the checkpoint at `path`; returns where the new one lies."""
+    torch.save(read(path) | values, to or path)
+    return str(to or path)
+
+
+MINI = DECODERS["ViT-mini"]
+SMALL_VIT = (16, 2, 2, 24)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_networks():
+    """A decoder of few weights, and one thread, with which networks of this size are fastest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DECODERS, "ViT-mini", SMALL_VIT)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """--flow and --decoder of an untrained pair, with the folder they are in."""
+def folder(tmp_path_factory):
+    """A folder with flow.pt and decoder.pt, an untrained pair."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    flow, decoder = write_flow(folder / "flow.pt"), write_decoder(folder / "decoder.pt")
-    return folder, ["--flow", flow, "--decoder", decoder, "--steps", "3", "--cfg", "1", "--precision", "fp32"]
+    write_flow(folder / "flow.pt")
+    write_decoder(folder / "decoder.pt")
+    return folder
+
+
+@pytest.fixture
+def work(folder, tmp_path, monkeypatch):
+    """A working folder with copies of the pair."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("flow.pt", "decoder.pt"):
+        shutil.copy(folder / name, tmp_path)
+    return tmp_path
+
+
+PAIR = f"--flow flow.pt --decoder decoder.pt {FAST}"
+
+
+def run(*flags):
+    sample.main(" ".join(map(str, flags)).split())
+
+
+def refusal(*flags):
+    return message(run, *flags)
 
 
 def pixels(folder):
@@ -106,23 +111,24 @@ def pixels(folder):
     return {path.name: np.array(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("*.png"))}
 
 
-def rgb(path):
-    with Image.open(path) as file:
-        return to_rgb(file)
-
-
 def difference(folder, other):
-    a, b = pixels(folder), pixels(other)
+    a = pixels(folder)
+    b = pixels(other)
     assert a.keys() == b.keys() and a
     return max(np.abs(a[name] - b[name]).max() for name in a)
 
 
+def settings_of(folder):
+    return json.loads(Path(folder, "settings.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def twenty(files, tmp_path_factory):
-    """Twenty samples in one batch, guided: what other ways of sampling must repeat."""
+def twenty(folder, tmp_path_factory):
+    """Twenty samples in one batch, guided: what other ways of sampling must repeat; with their flags."""
     out = tmp_path_factory.mktemp("twenty") / "samples"
-    flags = [*files[1], "-n", "20", "--cfg", "1.5", "--seed", "5"]
-    sample.main([*flags, "--batch-size", "64", "--npz", "--out", str(out)])
+    pair = f"--flow {folder}/flow.pt --decoder {folder}/decoder.pt"
+    flags = f"{pair} {FAST} -n 20 --cfg 1.5 --seed 5"
+    run(flags, "--batch-size 64 --npz --out", out)
     return out, flags
 
 
@@ -195,56 +201,88 @@ def test_heun_ends_with_euler():
 
 
 class Counting:
-    """A velocity that depends on the label; counts its calls and the images in them."""
+    """A network whose velocity depends on image, time and label; its base is half of it. Counts its calls."""
+
+    num_classes = 7
 
     def __init__(self, slope):
-        self.slope, self.calls, self.images = slope, 0, 0
+        self.slope = slope
+        self.calls = 0
+        self.images = 0
 
-    def __call__(self, x, t, y):
-        self.calls, self.images = self.calls + 1, self.images + len(x)
-        return self.slope * x + t + y.view(-1, 1, 1, 1)
+    def __call__(self, x, t, y, with_base=False):
+        self.calls += 1
+        self.images += len(x)
+        assert t.shape == y.shape == (len(x),)
+        v = self.slope * x + t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1)
+        return (v, v / 2) if with_base else v
 
 
 def test_guidance_formulas():
-    x, y = torch.randn(2, 4, 1, 1), torch.tensor([0, 2])
-    main, weak = Counting(2.0), Counting(0.5)
-    v = sample.guided_velocity(x, 0.3, y, main, None, 1.42, (0.1, 0.9), null=7)
-    own, null = 2 * x + 0.3 + y.view(-1, 1, 1, 1), 2 * x + 0.3 + 7
-    torch.testing.assert_close(v, null + 1.42 * (own - null))
-    assert (main.calls, main.images) == (1, 4)  # both calls in one of twice the batch
-    v = sample.guided_velocity(x, 0.3, y, main, weak, 1.42, (0.1, 0.9), null=7)
-    base = 0.5 * x + 0.3 + y.view(-1, 1, 1, 1)  # the weak network has the same label
-    torch.testing.assert_close(v, base + 1.42 * (own - base))
-    assert (main.calls, weak.calls, weak.images) == (2, 1, 2)
-    torch.testing.assert_close(sample.guided_velocity(x, 0.3, y, main), own)
+    x = torch.randn(2, 4, 1, 1)
+    y = torch.tensor([0, 2])
+    labels = y.view(-1, 1, 1, 1)
+    model = Counting(2.0)
+    weak = Counting(0.5)
+    own = 2 * x + 0.3 + labels
+    null = 2 * x + 0.3 + 7  # the label after the last class
+    assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+    assert_close(sample.guided_velocity(model, x, 0.3, y, scale=1.42), null + 1.42 * (own - null))
+    assert (model.calls, model.images) == (1, 4)  # both in one call of twice the batch
+    base = 0.5 * x + 0.3 + labels  # the weak network has the same label
+    assert_close(sample.guided_velocity(model, x, 0.3, y, weak, scale=1.42), base + 1.42 * (own - base))
+    assert (model.calls, weak.calls, weak.images) == (2, 1, 2)
+    assert_close(sample.guided_velocity(model, x, 0.3, y), own)
+    assert (model.calls, weak.calls) == (3, 1)
+
+    # RAEv2's eq. 3 on both branches, then CFG; a weak network keeps its full output.
+    inner = lambda v: v / 2 + 1.78 * (v - v / 2)  # noqa: E731
+    assert_close(sample.guided_velocity(model, x, 0.3, y, internal=1.78), inner(own))
+    assert_close(sample.guided_velocity(model, x, 0.3, y, internal=0.0), own / 2)
+    both = inner(null) + 1.5 * (inner(own) - inner(null))
+    assert_close(sample.guided_velocity(model, x, 0.3, y, scale=1.5, internal=1.78), both)
+    both = base + 1.5 * (inner(own) - base)
+    assert_close(sample.guided_velocity(model, x, 0.3, y, weak, scale=1.5, internal=1.78), both)
+    assert (model.calls, weak.calls) == (7, 2)
 
 
 def test_no_second_call_outside_the_interval():
     """Of the times 1, .75, .5, .25 the interval [.25, .6] has two, its ends included."""
-    grid, x, y = sample.time_grid(4, 1.0), torch.ones(3, 1, 1, 1), torch.tensor([0, 1, 2])
+    grid = sample.time_grid(4, 1.0)
+    x = torch.ones(3, 1, 1, 1)
+    y = torch.tensor([0, 1, 2])
     for use_weak in (False, True):
-        main, weak = Counting(1.0), Counting(2.0)
-        sample.sample_latents(
-            lambda x, t, main=main, weak=weak if use_weak else None: sample.guided_velocity(
-                x, t, y, main, weak, 2.0, (0.25, 0.6), null=3
-            ),
-            x,
-            grid,
+        model = Counting(1.0)
+        weak = Counting(2.0)
+        velocity = partial(
+            sample.guided_velocity,
+            model,
+            y=y,
+            weak=weak if use_weak else None,
+            scale=2.0,
+            interval=(0.25, 0.6),
         )
-        assert main.calls == 4
-        assert main.images == (12 if use_weak else 3 + 3 + 6 + 6)
+        sample.sample_latents(lambda x, t, v=velocity: v(x, t), x, grid)
+        assert model.calls == 4
+        assert model.images == (12 if use_weak else 3 + 3 + 6 + 6)
         assert (weak.calls, weak.images) == ((2, 6) if use_weak else (0, 0))
+    # Nor is a base asked for.
+    outside = sample.guided_velocity(model, x, 0.9, y, scale=2.0, internal=5.0, interval=(0.25, 0.6))
+    assert torch.equal(outside, sample.guided_velocity(model, x, 0.9, y))
 
 
 @torch.no_grad()
 def test_networks_see_one_time_a_batch_and_answer_in_fp32():
-    network = excite(dit_dh.build("DiT-DH-S", SHAPE, CLASSES, **BODY_AND_HEAD).eval(), 0)
-    x, y = torch.randn(2, *SHAPE), torch.tensor([0, 2])
-    velocity = sample.prepare(network, torch.device("cpu"), compiled=None)
-    assert torch.equal(velocity(x, 0.3, y), network(x, torch.tensor([0.3, 0.3]), y))
+    network = excite(dit_dh.build("DiT-DH-S", SHAPE, CLASSES, base_depth=1, **BODY_AND_HEAD).eval(), 0)
+    x = torch.randn(2, *SHAPE)
+    y = torch.tensor([0, 2])
+    times = torch.tensor([0.3, 0.3])
+    assert torch.equal(sample.network_velocity(network, x, 0.3, y), network(x, times, y))
     with torch.autocast("cpu", torch.bfloat16):
-        assert network(x, torch.tensor([0.3, 0.3]), y).dtype == torch.bfloat16
-        assert velocity(x, 0.3, y).dtype == torch.float32
+        assert network(x, times, y).dtype == torch.bfloat16
+        for internal in (None, 1.5):
+            assert sample.network_velocity(network, x, 0.3, y, internal).dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -254,16 +292,18 @@ def test_only_the_first_batch_compiles():
     network = dit_dh.build("DiT-DH-S", SHAPE, CLASSES, **BODY_AND_HEAD).eval()
     for block in network.blocks:
         block.compile(backend="eager", fullgraph=True)
-    guidance = dict(scale=2.0, interval=(0.3, 0.6), null=3)
     for first, size in ((True, 6), (False, 6), (False, 4)):
-        x, y = torch.randn(size, *SHAPE), torch.zeros(size, dtype=torch.long)
-        function = partial(sample.network_velocity, network)
-        velocity = partial(sample.guided_velocity, y=y, network=function, **guidance)
+        x = torch.randn(size, *SHAPE)
+        y = torch.zeros(size, dtype=torch.long)
+
+        def velocity(x, t, y=y):
+            return sample.guided_velocity(network, x, t, y, scale=2.0, interval=(0.3, 0.6))
+
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=not first):
             sample.sample_latents(velocity, x, sample.time_grid(6, 1.0))
 
 
-# Images: noise, labels, the whole command against its parts
+# Noise and pixels
 
 
 def test_pixels_are_rounded():
@@ -271,33 +311,52 @@ def test_pixels_are_rounded():
     assert sample.to_pixels(levels.expand(1, 3, 1, 7))[0, 0, :, 0].tolist() == [0, 0, 0, 1, 254, 255, 255]
 
 
+def test_seeds():
+    """No two seeds and indices have the same noise, up to the bounds of both."""
+    for i in (0, 7, 999_999):
+        expected = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2_000_000 + i))
+        assert torch.equal(sample.draw_noise([i], SHAPE, 2)[0], expected)
+    pairs = [(seed, i) for seed in (0, 1, 2, 4292, 4293) for i in (0, 1, 967_295, 967_296, 999_999)]
+    noise = {tuple(sample.draw_noise([i], (3,), seed)[0].tolist()) for seed, i in pairs}
+    assert len(noise) == len(pairs)
+    beyond = {tuple(sample.draw_noise([i], (3,), seed)[0].tolist()) for seed, i in [(0, 0), (4294, 967_296)]}
+    assert len(beyond) == 1  # why 4,293 is the last
+
+
+# The whole command against its parts
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "a, guidance", [(None, None), (2.5, None), (None, "labels"), (None, "a smaller network")]
 )
-def test_sample_against_a_loop(files, tmp_path, a, guidance):
+def test_sample_against_a_loop(work, a, guidance):
     """Image i by a plain loop over its formulas, one image at a time, is the command's PNG."""
-    folder, flags = files
-    checkpoint = torch.load(folder / "flow.pt", weights_only=True)
-    flow, decoder = dit_dh.load(folder / "flow.pt"), sample.load_decoder(str(folder / "decoder.pt"))[0]
-    assert torch.equal(
-        flow.state_dict()["s_embedder.proj.weight"], checkpoint["ema"]["s_embedder.proj.weight"]
-    )
-    out, weak = tmp_path / "samples", dit_dh.load(write_flow(tmp_path / "weak.pt", "DiT-S", seed=9))
-    flags = [*flags, *(["--shift", str(a)] if a else []), *(["--cfg", "1.5"] if guidance else [])]
-    flags += ["--autoguide", str(tmp_path / "weak.pt")] if guidance == "a smaller network" else []
-    sample.main([*flags, "--num", "5", "--classes", "2,0", "--seed", "3", "--out", str(out)])
+    checkpoint = read("flow.pt")
+    flow = dit_dh.load("flow.pt")
+    decoder = sample.load_decoder("decoder.pt")[0]
+    weak = dit_dh.load(write_flow("weak.pt", "DiT-S", seed=9))
+    ema = checkpoint["ema"]["s_embedder.proj.weight"]
+    assert torch.equal(flow.state_dict()["s_embedder.proj.weight"], ema)
+
+    flags = [PAIR, "-n 5 --classes 2,0 --seed 3 --out samples"]
+    flags += [f"--shift {a}"] if a else []
+    flags += ["--cfg 1.5"] if guidance else []
+    flags += ["--autoguide weak.pt"] if guidance == "a smaller network" else []
+    run(*flags)
     a = a or checkpoint["config"]["shift"]
-    for i, png in enumerate(pixels(out).values()):
+    assert len(pixels("samples")) == 5
+    for i, png in enumerate(pixels("samples").values()):
         x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3_000_000 + i))[None]
         times = [a * t / (1 + (a - 1) * t) for t in (1, 2 / 3, 1 / 3, 0)]
         for t, t_next in zip(times, times[1:], strict=False):
-            time, label = torch.tensor([t]), torch.tensor([(2, 0)[i % 2]])
-            v = flow(x, time, label)
+            moment = torch.tensor([t])
+            label = torch.tensor([(2, 0)[i % 2]])
+            v = flow(x, moment, label)
             if guidance == "labels":
-                v = v + 0.5 * (v - flow(x, time, torch.tensor([CLASSES])))
+                v = v + 0.5 * (v - flow(x, moment, torch.tensor([CLASSES])))
             elif guidance:
-                v = v + 0.5 * (v - weak(x, time, label))
+                v = v + 0.5 * (v - weak(x, moment, label))
             x = x + (t_next - t) * v
         z = x * (checkpoint["var"] + 1e-5).sqrt() + checkpoint["mean"]
         image = (decoder(z)[0].clamp(0, 1) * 255).permute(1, 2, 0)
@@ -306,508 +365,71 @@ def test_sample_against_a_loop(files, tmp_path, a, guidance):
 
 
 @pytest.mark.slow
-def test_released_files(files, tmp_path):
+def test_released_files(work):
     """Bare state dicts and --stats give the same PNGs as the checkpoint, whose shift is the formula's."""
-    folder, flags = files
-    write_flow(tmp_path / "flow.pt", shift=1.0)  # 64 * 2 * 2 / 4096 is below 1
-    flow = torch.load(tmp_path / "flow.pt", weights_only=True)
-    decoder = torch.load(folder / "decoder.pt", weights_only=True)
-    decoder["ema"]["decoder_pos_embed"] = Decoder(**decoder["config"]["decoder"]).decoder_pos_embed
-    decoder["config"]["decoder"] |= dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
-    torch.save({"mean": flow["mean"], "var": flow["var"]}, tmp_path / "stat.pt")
-    torch.save(flow["ema"], tmp_path / "stage2_model.pt")
-    torch.save(decoder["ema"], tmp_path / "model.pt")
-    torch.save(decoder, tmp_path / "decoder.pt")
-    ours = ["--flow", str(tmp_path / "flow.pt"), "--decoder", str(tmp_path / "decoder.pt")]
-    released = ["--flow", str(tmp_path / "stage2_model.pt"), "--decoder", str(tmp_path / "model.pt")]
-    released += ["--stats", str(tmp_path / "stat.pt")]
-    for name, pair in (("ours", ours), ("released", released)):
-        sample.main([*flags, *pair, "--num", "4", "--out", str(tmp_path / name)])
-    assert difference(tmp_path / "ours", tmp_path / "released") == 0
-    torch.save({"mean": None}, tmp_path / "stat.pt")  # as published: mean 0, var 1
-    flow |= {"mean": torch.zeros(SHAPE), "var": torch.ones(SHAPE)}
-    torch.save(flow, tmp_path / "flow.pt")
-    for name, pair in (("ours0", ours), ("released0", released)):
-        sample.main([*flags, *pair, "--num", "4", "--out", str(tmp_path / name)])
-    assert difference(tmp_path / "ours0", tmp_path / "released0") == 0
-    assert difference(tmp_path / "ours0", tmp_path / "ours") > 10
-    wide = torch.load(write_flow(tmp_path / "flow.pt", latent_shape=[64, 16, 16]), weights_only=True)
-    torch.save(wide["ema"], tmp_path / "stage2_model.pt")
-    command = [*flags, *released, "--num", "1", "--out", str(tmp_path / "wide")]
-    with pytest.raises(SystemExit, match=r"latent_shape \[64, 16, 16\], .* \[64, 2, 2\]: they are no pair"):
-        sample.main(command)  # bare files, of 512 px and of 256 px
-    wide_decoder = Decoder(**decoder["config"]["decoder"] | dict(grid=16))
-    torch.save(wide_decoder.state_dict(), tmp_path / "model.pt")
-    sample.main(command)
-    assert json.loads((tmp_path / "wide" / "settings.json").read_text())["shift"] == 2  # (64*16*16/4096)^1/2
+    flow = read(write_flow("flow.pt", shift=1.0))  # 64 * 2 * 2 / 4096 is below 1
+    decoder = read("decoder.pt")
+    sizes = decoder["config"]["decoder"] | dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    decoder["config"]["decoder"] = sizes  # with ImageNet's pixels
+    torch.save(decoder, "decoder.pt")
+    torch.save(flow["ema"], "stage2_model.pt")
+    torch.save(decoder["ema"] | {"decoder_pos_embed": Decoder(**sizes).decoder_pos_embed}, "model.pt")
+    torch.save({"mean": flow["mean"], "var": flow["var"]}, "stat.pt")
+    bare = f"--flow stage2_model.pt --decoder model.pt --stats stat.pt {FAST}"
+    run(PAIR, "-n 4 --out ours")
+    run(bare, "-n 4 --out released")
+    assert difference("ours", "released") == 0
+    assert settings_of("released") == settings_of("ours")
+
+    torch.save({"mean": None}, "stat.pt")  # as published: mean 0, var 1
+    alter("flow.pt", mean=torch.zeros(SHAPE), var=torch.ones(SHAPE))
+    run(PAIR, "-n 4 --out ours0")
+    run(bare, "-n 4 --out released0")
+    assert difference("ours0", "released0") == 0
+    assert difference("ours0", "ours") > 10
+
+    # Bare files of 512 px and of 256 px
+    torch.save(read(write_flow("wide.pt", latent_shape=[64, 16, 16]))["ema"], "stage2_model.pt")
+    line = refusal(bare, "-n 1 --out wide")
+    assert "has latent_shape [64, 16, 16]" in line and "model.pt has [64, 2, 2]" in line
+    torch.save(Decoder(**sizes | dict(grid=16)).state_dict(), "model.pt")
+    run(bare, "-n 1 --out wide")
+    assert settings_of("wide")["shift"] == 2  # (64*16*16/4096)^1/2
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_batch_size(twenty, tmp_path, size):
-    sample.main([*twenty[1], "--batch-size", str(size), "--out", str(tmp_path / "samples")])
+    run(twenty[1], "--batch-size", size, "--out", tmp_path / "samples")
     assert difference(twenty[0], tmp_path / "samples") <= 1
 
 
-def test_batches_share_nothing(files, tmp_path):
-    weak = write_flow(tmp_path / "weak.pt", seed=1)
-    flags = [*files[1], "--num", "4", "--cfg", "2", "--autoguide", weak]
-    flags += ["--guidance-interval", "0", "0.9"]
-    for size in ("4", "2"):
-        sample.main([*flags, "--batch-size", size, "--out", str(tmp_path / size)])
-    assert difference(tmp_path / "4", tmp_path / "2") <= 1
-    sample.main([*files[1], "--num", "4", "--out", str(tmp_path / "unguided")])
-    assert difference(tmp_path / "4", tmp_path / "unguided") > 10
+def test_batches_share_nothing(work):
+    write_flow("weak.pt", seed=1)
+    flags = f"{PAIR} -n 4 --cfg 2 --autoguide weak.pt --guidance-interval 0 0.9"
+    for size in (4, 2):
+        run(flags, "--batch-size", size, "--out", size)
+    assert difference("4", "2") <= 1
+    run(PAIR, "-n 4 --out unguided")
+    assert difference("4", "unguided") > 10
 
 
-@pytest.mark.slow
-def test_flags_reach_the_solver(files, tmp_path):
-    """Each of these flags changes the images."""
-    plain, guided = [*files[1], "--num", "2"], [*files[1], "--num", "2", "--cfg", "2"]
-    for name, base, change in (
-        ("heun", plain, ["--solver", "heun"]),
-        ("t-end", plain, ["--t-end", "0.1"]),
-        ("steps", plain, ["--steps", "4"]),
-        ("interval", guided, ["--guidance-interval", "0.9", "1"]),
-    ):
-        without, out = tmp_path / f"{len(base)}", tmp_path / name
-        sample.main([*base, "--out", str(without)])
-        sample.main([*base, *change, "--out", str(out)])
-        assert difference(without, out) > 3, name
-
-
-def test_seeds():
-    """Seed 0 has the noise it always had; no other seed and index have the same."""
-    equal = []
-    for i in (0, 7, 999_999):
-        expected = torch.randn(SHAPE, generator=torch.Generator().manual_seed(i))
-        assert torch.equal(sample.draw_noise([i], SHAPE, 0)[0], expected)
-        # The formula of before: the generator reads 32 bits, so that all seeds were 0.
-        before = torch.randn(SHAPE, generator=torch.Generator().manual_seed((5 << 32) + i))
-        equal.append(torch.equal(before, expected))
-    assert all(equal)
-    pairs = [(seed, i) for seed in (0, 1, 2, 4292, 4293) for i in (0, 1, 967_295, 967_296, 999_999)]
-    noise = {tuple(sample.draw_noise([i], (3,), seed)[0].tolist()) for seed, i in pairs}
-    assert len(noise) == len(pairs)
-    beyond = {tuple(sample.draw_noise([i], (3,), seed)[0].tolist()) for seed, i in [(0, 0), (4294, 967_296)]}
-    assert len(beyond) == 1  # why 4,293 is the last
-
-
-def test_seed(files, tmp_path):
-    """Another seed gives other images."""
-    for seed in ("0", "1"):
-        sample.main([*files[1], "--num", "2", "--seed", seed, "--out", str(tmp_path / seed)])
-    assert difference(tmp_path / "0", tmp_path / "1") > 3
-
-
-def test_classes_by_name(files, tmp_path):
-    """Names are those of the training's folders; what can be a number is one."""
-    for name, classes in (("names", "dog,cat,7,1"), ("numbers", "1,0,2,1")):
-        sample.main([*files[1], "--num", "4", "--classes", classes, "--out", str(tmp_path / name)])
-        settings = json.loads((tmp_path / name / "settings.json").read_text())
-        assert settings["classes"] == [1, 0, 2, 1]
-    assert difference(tmp_path / "names", tmp_path / "numbers") == 0
-
-
-def test_names_of_imagenet():
-    """A released network keeps no names: they are timm's, the first of each class's synonyms."""
-    names = sample.imagenet_names(1000)
-    assert len(names) == 1000
-    assert sample.class_numbers("golden retriever,tabby,tench,3", names, 1000, "x.pt") == [207, 281, 0, 3]
-    assert sample.imagenet_names(10) == []
-    with pytest.raises(SystemExit, match="--classes cat: --flow x.pt has 0 to 999, by name tench, goldfish"):
-        sample.class_numbers("cat", names, 1000, "x.pt")
-
-
-def test_resume(twenty, tmp_path, capfd):
-    """What a killed run left, PNGs with holes between them and half a file, becomes the same folder."""
-    out = tmp_path / "samples"
-    shutil.copytree(twenty[0], out)
-    marked = Image.new("RGB", (32, 32), "red")
-    marked.save(out / "000001.png")  # to see that what is there stays
-    for i in (0, 3, 4, 11, 18, 19):
-        os.remove(out / f"{i:06d}.png")
-    (out / "000003.png.tmp").write_bytes(b"half")
-    sample.main([*twenty[1], "--batch-size", "4", "--out", str(out)])
-    assert (pixels(out)["000001.png"] == np.array(marked)).all()
-    shutil.copy(twenty[0] / "000001.png", out)
-    assert difference(twenty[0], out) <= 1
-    assert "6 of 20" in capfd.readouterr().err
-
-
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def torchrun(ranks, *flags, script=ROOT / "sample.py"):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, str(script), *flags]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks(twenty, tmp_path, ranks):
-    """torchrun: ranks share the 20 images, also where that does not divide; one bar; one grid."""
-    out = tmp_path / "samples"
-    flags = [*twenty[1], "--batch-size", "6", "--npz", "--out", str(out)]
-    run = subprocess.run(torchrun(ranks, *flags), env=ENV, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert difference(twenty[0], out) <= 1
-    assert run.stderr.count(" 0/20 [") == 1 and f"{ranks} x" in run.stderr
-    grids = [np.array(Image.open(f"{folder}.png")).astype(int) for folder in (twenty[0], out)]
-    assert np.abs(grids[0] - grids[1]).max() <= 1
-
-
-@pytest.mark.slow
-def test_interrupted_ranks(twenty, tmp_path):
-    """Killed in the middle, three ranks go on as one process and end with the images of one run."""
-    out = tmp_path / "samples"
-    flags = [*twenty[1], "--batch-size", "3", "-n", "2000", "--out", str(out)]
-    process = subprocess.Popen(torchrun(3, *flags), env=ENV, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.glob("*.png"))) < 7:
-        time.sleep(0.01)
-    process.terminate()
-    process.wait()
-    there = len(list(out.glob("*.png")))
-    assert 7 <= there < 2000
-    sample.main([*twenty[1], "--batch-size", "7", "--out", str(out)])
-    for path in [path for path in out.glob("*.png") if int(path.stem) >= 20]:
-        path.unlink()
-    assert difference(twenty[0], out) <= 1
-
-
-STALE = """
-import os, sys
-sys.path.insert(0, {root!r})
-import sample
-
-exists = os.path.exists
-if os.environ["RANK"] == "1":
-    os.path.exists = lambda path: True if str(path).endswith("png") else exists(path)
-sample.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_ranks_take_what_the_first_one_sees(twenty, tmp_path):
-    """A disk that shows the second rank images which are not there must not leave any out."""
-    out = tmp_path / "samples"
-    (tmp_path / "stale.py").write_text(STALE.format(root=str(ROOT)))
-    command = torchrun(2, *twenty[1], "--out", str(out), script=tmp_path / "stale.py")
-    run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert difference(twenty[0], out) <= 1
-
-
-@pytest.mark.slow
-def test_a_refusal_is_one_line_under_torchrun(twenty, tmp_path):
-    """What rank 0 finds wrong with the folder ends the other ranks, too, and once."""
-    shutil.copytree(twenty[0], tmp_path / "samples")
-    command = torchrun(2, *twenty[1], "--steps", "4", "--out", str(tmp_path / "samples"))
-    run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert run.stderr.count("steps 3 there and 4 here") == 1
-    assert 'sample.py", line' not in run.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c(twenty, tmp_path, ranks):
-    """One line that tells what is kept, no traceback of ours, exit code 130 of each process."""
-    out = tmp_path / "samples"
-    flags = [*twenty[1], "--batch-size", "4", "-n", "5000", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "sample.py"), *flags] if ranks == 1 else torchrun(ranks, *flags)
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and len(list(out.glob("*.png"))) < 7:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
-    printed = process.communicate(timeout=120)[1]
-    kept = len(list(out.glob("*.png")))
-    assert 7 <= kept < 5000
-    lines = [line for line in printed.splitlines() if "interrupted; " in line]
-    assert len(lines) == 1
-    done = int(lines[0].split()[1])
-    assert done == kept if ranks == 1 else 7 <= done <= kept
-    assert lines[0] == f"interrupted; {done} of 5000 images are in {out}, the same command goes on"
-    assert 'sample.py", line' not in printed
-    if ranks == 1:
-        assert process.returncode == 130
-
-
-def test_ctrl_c_while_loading(files, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    def leave(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(dit_dh, "load", interrupted)
-    monkeypatch.setattr(os, "_exit", leave)  # which would end pytest
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
-    with pytest.raises(SystemExit) as error:
-        sample.main([*files[1], "--out", str(tmp_path / "samples")])
-    assert error.value.code == 130
-    assert capsys.readouterr().err.strip() == "interrupted; nothing was made yet"
-
-
-def test_a_thread_that_cannot_write_ends_the_run(files, tmp_path, monkeypatch):
-    """PNGs are written by threads, whose errors are easily lost."""
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(SystemExit, match="can't be written .*No space left"):
-        sample.main([*files[1], "--num", "2", "--out", str(tmp_path / "samples")])
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["settings.json"]
-
-
-@pytest.mark.slow
-def test_npz_is_a_stream(tmp_path, monkeypatch):
-    """50,000 images of 256 px are 10 GB: memory stays flat, and a member of over 4 GB is possible."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    number = 8000
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1_000_000)  # instead of 4 GB
-    tracemalloc.start()
-    sample.write_npz(str(tmp_path / "out.npz"), [tmp_path / "red.png"] * number, [1] * number)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < number * 64 * 64 * 3 / 50
-    monkeypatch.undo()
-    packed = np.load(tmp_path / "out.npz")
-    assert packed["arr_0"].shape == (number, 64, 64, 3) and packed["arr_1"].shape == (number,)
-    assert (packed["arr_0"] == [255, 0, 0]).all()
-
-
-def test_npz_and_grid(twenty):
-    out, images = twenty[0], np.stack(list(pixels(twenty[0]).values()))
-    packed = np.load(f"{out}.npz")
-    assert packed["arr_0"].dtype == np.uint8 and packed["arr_0"].shape == (20, 32, 32, 3)
-    assert (packed["arr_0"] == images).all()
-    assert packed["arr_1"].tolist() == [i % CLASSES for i in range(20)]
-    grid = np.array(Image.open(f"{out}.png"))
-    assert grid.shape == (3 * 32, 9 * 32, 3)  # 9 columns: each is of one class
-    assert (grid[32:64, 32:64] == images[10]).all() and (grid[64:, 64:] == 255).all()
-
-
-@pytest.mark.slow
-def test_settings_guard(twenty, files, tmp_path):
-    """A folder of other settings is refused, and the message says which; more of the same is welcome."""
-    out = tmp_path / "samples"
-    shutil.copytree(twenty[0], out)
-    other = write_flow(tmp_path / "other.pt", seed=1)
-    later = {}
-    for name, key in (("flow", "blocks.0.attn.proj.weight"), ("decoder", "decoder_embed.weight")):
-        checkpoint = torch.load(files[0] / f"{name}.pt", weights_only=True)
-        checkpoint["ema"][key] += 1e-6  # one more step of training, under the old name
-        later[name] = str(tmp_path / f"{name}.pt")
-        torch.save(checkpoint, later[name])
-    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.0] * 3, std=[0.25] * 3)
-    later["pixels"] = write_decoder(tmp_path / "pixels.pt", decoder=sizes)
-    for change, word in (
-        (["--seed", "6"], "seed 5 there and 6 here"),
-        (["--steps", "4"], "steps 3 there and 4 here"),
-        (["--cfg", "1.6"], "cfg"),
-        (["--solver", "heun"], "solver"),
-        (["--shift", "3"], "shift"),
-        (["--t-end", "0.1"], "t_end"),
-        (["--classes", "1"], "classes"),
-        (["--guidance-interval", "0", "0.9"], "guidance_interval"),
-        (["--autoguide", other], "autoguide"),
-        (["--precision", "bf16"], "precision"),
-        (["--flow", later["flow"]], "flow"),
-        (["--decoder", later["decoder"]], "decoder"),
-        (["--decoder", later["pixels"]], "pixels"),
-    ):
-        with pytest.raises(SystemExit) as error:
-            sample.main([*twenty[1], *change, "--out", str(out)])
-        message = str(error.value)
-        assert word in message and message.count(" here") == 1 and "\n" not in message, message
-    assert difference(twenty[0], out) == 0
-    sample.main([*twenty[1], "--num", "22", "--batch-size", "64", "--out", str(out)])
-    assert len(pixels(out)) == 22
-
-
-@pytest.mark.parametrize("content", ["", "junk", "5", "[1, 2]"])
-def test_damaged_settings(twenty, tmp_path, content):
-    out = tmp_path / "samples"
-    shutil.copytree(twenty[0], out)
-    (out / "settings.json").write_text(content)
-    with pytest.raises(SystemExit) as error:
-        sample.main([*twenty[1], "--out", str(out)])
-    message = str(error.value)
-    assert "settings.json can't be read" in message and "another --out" in message and "\n" not in message
-
-
-def test_folders_of_older_versions(files, tmp_path):
-    """They go on where all that decides the pixels is the same: seeds did not count then."""
-    out = tmp_path / "samples"
-    flags = [*files[1], "--num", "2", "--out", str(out)]
-    sample.main(flags)
-    settings = json.loads((out / "settings.json").read_text())
-    del settings["demo"], settings["pixels"]
-    for changes, goes_on in (
-        ({"reuse_body": 1}, True),
-        ({"reuse_body": 1, "pixels": [[0, 0, 0], [1, 1, 1]]}, False),
-        ({"reuse_body": 2}, False),
-        ({"reuse_body": 1, "cfg": 1.5}, False),
-        ({"reuse_body": 1, "seed": 7}, False),
-    ):
-        (out / "settings.json").write_text(json.dumps(settings | changes))
-        command = [*flags, "--seed", str(changes.get("seed", 0))]
-        if goes_on:
-            sample.main(command)
-            continue
-        with pytest.raises(SystemExit, match="images of other settings"):
-            sample.main(command)
-
-
-def test_beside_out(files, tmp_path, monkeypatch):
-    """`--out .` has its grid beside the folder; what can't be written there is found before the work."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    sample.main([*files[1], "--num", "2", "--npz", "--out", "."])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["work", "work.npz", "work.png"]
-    assert len(pixels(".")) == 2
-
-    command = [*files[1], "--num", "2", "--out", "samples"]
-    for blocked in ("samples.png", "samples.npz"):
-        os.mkdir(blocked)
-        with pytest.raises(SystemExit, match="samples.png and .npz are to be files"):
-            sample.main(command)
-        assert list(Path("samples").iterdir()) == []
-        os.rmdir(blocked)
-    access = os.access
-    parent = str(tmp_path / "work")
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != parent and access(path, mode))
-    with pytest.raises(SystemExit, match="samples.png can't be written, no permission for"):
-        sample.main(command)
-    assert list(Path("samples").iterdir()) == []
-
-
-def test_demo_is_told_by_the_decoder(files, tmp_path, capsys):
-    """fid.py compares with the demo's images only where the samples are the demo's."""
-    decoder = torch.load(files[0] / "decoder.pt", weights_only=True)
-    decoder["args"]["preset"] = "demo"
-    torch.save(decoder, tmp_path / "demo.pt")
-    for path, demo in ((tmp_path / "demo.pt", True), (files[0] / "decoder.pt", False)):
-        out = tmp_path / str(demo)
-        sample.main([*files[1], "--decoder", str(path), "--num", "1", "--out", str(out)])
-        assert json.loads((out / "settings.json").read_text())["demo"] is demo
-        assert ("The demo" in capsys.readouterr().err) is demo
-
-
-@pytest.mark.slow
-def test_reconstruct(files, tmp_path, capsys):
-    """PNGs are decode(encode(crop)), in the folder's order, and the PSNR is the mean over images."""
-    folder, flags = files
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        low = rng.integers(0, 256, (4, 5, 3)).astype(np.uint8)
-        Image.fromarray(low).resize((50, 40), Image.Resampling.BICUBIC).save(path)
-    out = tmp_path / "out"
-    command = [
-        "--reconstruct",
-        str(tmp_path / "data"),
-        "--decoder",
-        str(folder / "decoder.pt"),
-        "--out",
-        str(out),
-    ]
-    command += ["--workers", "0", "--batch-size", "2", "--flow", "not/needed.pt"]
-    sample.main(command)
-    assert json.loads((out / "settings.json").read_text())["precision"] == "fp32"  # without a flag
-    printed = json.loads(capsys.readouterr().out)
-    encoder = Encoder("test_vit", 32, 32, "random")
-    decoder, psnr = sample.load_decoder(str(folder / "decoder.pt"))[0], []
-    originals = sorted((tmp_path / "data").rglob("*.png"))  # class a, then b
-    assert len(pixels(out)) == 5
-    for png, path in zip(pixels(out).values(), originals, strict=True):
-        original = np.array(center_crop(rgb(path), 32))
-        image = torch.from_numpy(original).permute(2, 0, 1)[None] / 255
-        with torch.no_grad():
-            expected = (decoder(encoder(image))[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
-        assert np.abs(expected - png).max() <= 1
-        psnr.append(10 * math.log10(255**2 / np.mean((png - original.astype(float)) ** 2)))
-    assert printed == {"psnr": pytest.approx(np.mean(psnr), abs=1e-9), "images": 5, "broken": 0}
-    assert Image.open(f"{out}.png").size == (5 * 32, 32)
-
-    # One file is a folder of one.
-    single = [*command[2:], "--reconstruct", str(originals[3]), "--out", str(tmp_path / "single")]
-    sample.main(single)
-    assert json.loads(capsys.readouterr().out) == {"psnr": pytest.approx(psnr[3]), "images": 1, "broken": 0}
-    assert np.array_equal(pixels(tmp_path / "single")["000000.png"], pixels(out)["000003.png"])
-    (out / "000002.png").unlink()
-    sample.main(command)  # what is there counts as well
-    assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(printed["psnr"], abs=1e-6)
-    with pytest.raises(SystemExit, match="num 5 there and 3 here"):
-        sample.main([*command, "--num", "3"])
-    noisy = [*command, "--latent-noise", "0.5", "--out", str(tmp_path / "noisy")]
-    sample.main(noisy)
-    capsys.readouterr()
-    for i, (png, path) in enumerate(zip(pixels(tmp_path / "noisy").values(), originals, strict=True)):
-        image = torch.from_numpy(np.array(center_crop(rgb(path), 32))).permute(2, 0, 1)[None] / 255
-        with torch.no_grad():
-            z = encoder(image)
-            z += 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
-            expected = (decoder(z)[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
-        assert np.abs(expected - png).max() <= 1
-
-    # The folder is known by what is in it, not by its name.
-    original = originals[1].read_bytes()
-    command[1] = f"{tmp_path}/./data/"
-    sample.main(command)
-    capsys.readouterr()
-    time_of_change = originals[1].stat().st_mtime_ns
-    for content, later in ((b"other", 0), (original, 1)):
-        originals[1].write_bytes(content)
-        os.utime(originals[1], ns=(0, time_of_change + later))
-        with pytest.raises(SystemExit, match="images .* there and .* here"):
-            sample.main(command)
-    os.utime(originals[1], ns=(0, time_of_change))
-    sample.main(command)
-    capsys.readouterr()
-
-    other = write_decoder(tmp_path / "other.pt", encoder_hash="0123456789ab")
-    with pytest.raises(SystemExit, match="encoder_hash .*other.pt has 0123456789ab: they are no pair"):
-        sample.main([*command, "--decoder", other, "--out", str(tmp_path / "other")])
-    assert not (tmp_path / "other").exists()
-
-    originals[1].write_bytes(b"broken")
-    command[-1:] = ["not/needed.pt", "--out", str(tmp_path / "other")]
-    with pytest.raises(SystemExit, match="2.png: not a readable image .* --skip-broken"):
-        sample.main(command)
-    shutil.rmtree(tmp_path / "other")
-    sample.main([*command, "--skip-broken"])
-    assert json.loads(capsys.readouterr().out)["broken"] == 1
-
-    # A link to nothing is a broken image like any other.
-    originals[1].unlink()
-    originals[1].symlink_to("nowhere")
-    with pytest.raises(SystemExit, match="images .* there and .* here"):
-        sample.main([*command, "--skip-broken"])
-    shutil.rmtree(tmp_path / "other")
-    sample.main([*command, "--skip-broken"])
-    assert json.loads(capsys.readouterr().out)["broken"] == 1
-
-
-def test_the_demos_network_alone_is_guided_by_default(files, tmp_path):
-    """Whether --flow names it or not; flags win."""
-    demo = torch.load(files[0] / "flow.pt", weights_only=True)
-    demo["args"]["preset"] = "demo"
-    torch.save(demo, tmp_path / "demo.pt")
-    common = ["--decoder", files[1][3], "--num", "1", "--precision", "fp32"]
-    for k, (flow, flags, expected) in enumerate(
+def test_the_demos_network_alone_is_guided_by_default(work, capsys):
+    """Whether --flow names it or not; flags win; and its samples are marked as the demo's."""
+    alter("flow.pt", "demo.pt", args={"preset": "demo"})
+    alter("flow.pt", "small.pt", args={"preset": "small"})
+    common = "--decoder decoder.pt -n 1 --precision fp32"
+    for k, (flags, steps, scale, demo) in enumerate(
         (
-            (tmp_path / "demo.pt", [], (25, 2.0)),
-            (tmp_path / "demo.pt", ["--cfg", "0", "--steps", "3"], (3, 0.0)),
-            (files[0] / "flow.pt", [], (50, 1.0)),
-            (tmp_path / "demo.pt", ["--preset", "imagenet256", "--num", "1", "--cfg", "1"], (25, 1.0)),
+            ("--flow demo.pt", 25, 2.0, True),
+            ("--flow demo.pt --cfg 0 --steps 3", 3, 0.0, True),
+            ("--flow small.pt", 50, 1.0, False),
+            ("--flow demo.pt --preset imagenet256 -n 1 --cfg 1", 25, 1.0, True),
         )
     ):
-        sample.main([*common, "--flow", str(flow), *flags, "--out", str(tmp_path / str(k))])
-        settings = json.loads((tmp_path / str(k) / "settings.json").read_text())
-        assert (settings["steps"], settings["cfg"]) == expected
+        run(common, flags, "--out", k)
+        settings = settings_of(str(k))
+        assert (settings["steps"], settings["cfg"], settings["demo"]) == (steps, scale, demo)
+        assert ("The demo" in capsys.readouterr().err) is demo
 
 
 def test_numbers_by_default():
@@ -818,78 +440,855 @@ def test_numbers_by_default():
         ("--preset imagenet512", 50_000),
         ("--preset imagenet512 -n 7", 7),
         ("--preset imagenet256 --reconstruct photos", None),
-        ("--reconstruct photos --num 3", 3),
+        ("--reconstruct photos -n 3", 3),
     ):
         assert sample.parse_args(flags.split()).num == number
     assert sample.parse_args(["--preset", "imagenet512"]).batch_size == 64
 
 
-# What a user can do wrong
+# Classes
+
+
+def test_classes_by_name(work):
+    """A word that is a class's name is that class, even where it is a number; any other number is one."""
+    for name, classes in (("names", "dog,cat,7,1"), ("numbers", "1,0,2,1")):
+        run(PAIR, "-n 4 --classes", classes, "--out", name)
+        assert settings_of(name)["classes"] == [1, 0, 2, 1]
+    assert difference("names", "numbers") == 0
+
+
+def test_class_numbers():
+    """Names go before numbers; a name of several classes is refused with theirs (SPEC 8)."""
+    digits = ["0", "1", "10", "2"]  # as folders of digits in another order
+    assert sample.class_numbers("10,2,0", digits, 4) == [2, 3, 0]
+    assert sample.class_numbers("3", digits, 4) == [3]
+    assert sample.class_numbers(None, digits, 4) == [0, 1, 2, 3]
+    assert sample.class_numbers("0", [""], 1) == [0]  # one class has no name
+    line = message(sample.class_numbers, "owl,bat", ["bat", "owl", "bat"], 3)
+    assert "--classes bat" in line and "[0, 2]" in line
+    for word in ("", "-1", "4", "x", "1.0", "²"):
+        line = message(sample.class_numbers, f"0,{word}", digits, 4)
+        assert f"--classes {word}:" in line and "0 to 3" in line and "0, 1, 10, 2" in line
+
+
+def test_names_of_imagenet():
+    """A released network keeps no names: they are timm's, the first of each class's synonyms."""
+    assert sample.class_numbers("golden retriever,tabby,tench,3", [], 1000) == [207, 281, 0, 3]
+    line = message(sample.class_numbers, "crane", [], 1000)
+    assert "[134, 517]" in line and "0 to 999" in line  # a bird and a machine
+    assert sample.class_numbers("134,517", [], 1000) == [134, 517]
+    assert "tench, goldfish" in message(sample.class_numbers, "cat", [], 1000)
+    assert "0 to 9" in message(sample.class_numbers, "tench", [], 10)
+
+
+# Files that belong together
+
+
+def own_decoder(path="decoder.pt"):
+    return {"path": path, "hash": weights_hash(read(path))}
+
+
+def test_the_flow_knows_its_decoder(work):
+    write_flow("flow.pt", decoder=own_decoder())
+    alone = f"--flow flow.pt {FAST} -n 2"
+    run(alone, "--out alone")
+    run(PAIR, "-n 2 --out pair")
+    assert difference("alone", "pair") == 0
+
+    # Another decoder in its place, such as the next run's, is refused, but taken where it is named.
+    ema = read("decoder.pt")["ema"]
+    ema["decoder_pred.bias"] = ema["decoder_pred.bias"] + 0.5
+    alter("decoder.pt", ema=ema)
+    line = refusal(alone, "--out other")
+    assert "--flow flow.pt" in line and "decoder.pt is no longer" in line and "--decoder FILE" in line
+    run(PAIR, "-n 2 --out other")
+    assert difference("other", "pair") > 3
+    os.remove("decoder.pt")
+    assert refusal(alone, "--out none") == "--flow flow.pt needs its --decoder decoder.pt: no such file"
+
+    write_flow("flow.pt")
+    assert "does not tell its decoder; name it by --decoder FILE" in refusal(alone, "--out none")
+    torch.save(read("flow.pt")["ema"], "flow.pt")
+    assert "does not tell its decoder; name it by --decoder FILE" in refusal(alone, "--out none")
+    assert not Path("none").exists()
+
+
+def test_which_decoder(work):
+    """The one that a flag names, the flow's own, the preset's."""
+    preset = ["--preset", "imagenet256"]
+    released = sample.parse_args(preset).decoder
+    assert sample.choose_decoder(sample.parse_args(preset), {}) == released
+    assert sample.choose_decoder(sample.parse_args(preset), {"decoder": own_decoder()}) == "decoder.pt"
+    given = sample.parse_args([*preset, "--decoder", "x.pt"])
+    assert sample.choose_decoder(given, {"decoder": own_decoder()}) == "x.pt"
+
+
+def test_no_flow_yet(work):
+    assert "flow_train.py" in refusal("") and "runs/flow/last.pt: no such file" in refusal("")
+
+
+def test_files_of_other_latents_or_classes(work):
+    """Each file that a flow takes is compared with it by what its checkpoint tells, not by shapes alone."""
+    torch.save(read(write_flow("bare.pt", seed=3))["ema"], "bare.pt")
+    write_flow("weak.pt", seed=2)
+    write_flow("hash.pt", encoder_hash="0123456789ab")
+    write_flow("layers.pt", layers=[1, 2, 3])
+    write_flow("size.pt", encoder_size=48)
+    write_flow("names.pt", classes=["cat", "dog", "bird"])
+    write_flow("two.pt", classes=["cat", "dog"], num_classes=2)
+    write_flow("pixels.pt", image_size=64)
+    torch.save(read(write_flow("bare-two.pt", num_classes=2))["ema"], "bare-two.pt")
+    torch.save({"mean": torch.zeros(SHAPE), "var": torch.ones(SHAPE)}, "stats.pt")
+    known = {"encoder_hash": read("flow.pt")["config"]["encoder_hash"], "layers": [1, 2]}
+    alter("stats.pt", "stats-of-layers.pt", config=known)
+
+    guided = f"{PAIR} --cfg 2 --autoguide"
+    for flags, words in (
+        (f"{guided} hash.pt", ("encoder_hash", "--autoguide hash.pt has 0123456789ab")),
+        (f"{guided} layers.pt", ("layers None", "--autoguide layers.pt has [1, 2, 3]")),
+        (f"{guided} size.pt", ("encoder_size 32", "size.pt has 48")),
+        (f"{guided} names.pt", ("classes ['cat', 'dog', '7']", "names.pt has ['cat', 'dog', 'bird']")),
+        (f"{guided} two.pt", ("num_classes 3", "two.pt has 2")),
+        (f"{guided} bare-two.pt", ("num_classes 3", "bare-two.pt has 2")),
+        (f"{PAIR} --stats layers.pt", ("layers None", "--stats layers.pt has [1, 2, 3]")),
+        (f"{PAIR} --stats hash.pt", ("encoder_hash", "--stats hash.pt has 0123456789ab")),
+        (f"{PAIR} --stats pixels.pt", ("image_size 32", "--stats pixels.pt has 64")),
+        # A bare flow is of the latents that its decoder knows.
+        (
+            f"{PAIR} --flow bare.pt --stats stats-of-layers.pt",
+            ("layers None", "stats-of-layers.pt has [1, 2]"),
+        ),
+        (
+            f"{PAIR} --flow layers.pt",
+            ("--flow layers.pt has layers [1, 2, 3]", "--decoder decoder.pt has None"),
+        ),
+    ):
+        line = refusal(flags, "--out out")
+        assert all(word in line for word in words), line
+    assert not Path("out").exists()
+
+    for k, flags in enumerate(
+        ("--cfg 2 --autoguide weak.pt", "--cfg 2 --autoguide bare.pt", "--stats stats.pt")
+    ):
+        run(PAIR, flags, "-n 1 --out", k)
+    run(PAIR, "--flow bare.pt --stats stats.pt -n 1 --out 3")
+
+
+def test_encoder_of_a_bare_decoder(work):
+    """Its pixels have the mean and std of the flow's encoder, of a flag, or of DINOv2-B."""
+    torch.save(read("decoder.pt")["ema"], "bare.pt")
+    args = sample.parse_args([])
+    for config, encoder in (
+        ({}, "vit_base_patch14_reg4_dinov2.lvd142m"),
+        ({"encoder": "vit_base_patch16_siglip_256.v2_webli"}, "vit_base_patch16_siglip_256.v2_webli"),
+    ):
+        decoder, known = sample.open_decoder(args, "bare.pt", config, torch.device("cpu"))
+        assert known["encoder"] == encoder and known["latent_shape"] == list(SHAPE)
+        assert decoder.mean.flatten().tolist() == pytest.approx(
+            [0.5] * 3 if "siglip" in encoder else [0.485, 0.456, 0.406]
+        )
+    args = sample.parse_args(["--encoder", "siglip2-base"])
+    decoder, known = sample.open_decoder(args, "bare.pt", {}, torch.device("cpu"))
+    assert decoder.mean.flatten().tolist() == [0.5] * 3
+    line = message(sample.open_decoder, args, "bare.pt", {"encoder": "test_vit"}, torch.device("cpu"))
+    assert "has encoder test_vit" in line and "siglip" in line
+
+
+# The folder: resume, settings, what lies there
+
+
+def test_resume(twenty, tmp_path, capsys):
+    """What a killed run or a full disk left becomes the same folder: holes, a cut PNG, an empty one."""
+    out = tmp_path / "samples"
+    shutil.copytree(twenty[0], out)
+    marked = Image.new("RGB", (32, 32), "red")
+    marked.save(out / "000001.png")  # to see that what is there stays
+    for i in (0, 3, 4, 19):
+        os.remove(out / f"{i:06d}.png")
+    for i, size in ((7, 0), (8, 5), (11, -1), (18, -12)):
+        content = (out / f"{i:06d}.png").read_bytes()
+        (out / f"{i:06d}.png").write_bytes(content[:size])
+    (out / "000003.png.1.tmp").write_bytes(b"half")
+    run(twenty[1], "--batch-size 4 --out", out)
+    assert (pixels(out)["000001.png"] == np.array(marked)).all()
+    shutil.copy(twenty[0] / "000001.png", out)
+    assert difference(twenty[0], out) <= 1
+    assert (
+        "-> 20 images in" in (printed := capsys.readouterr().err)
+        and ", 12 of them already there; " in printed
+    )
+
+
+def test_the_last_line(work, capsys):
+    """How many images are there, others that fid.py would count, and the next command, to be pasted."""
+    write_flow("flow.pt", data="my photos")
+    (work / "bin").mkdir()
+    (work / "bin/python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (work / "bin/python").chmod(0o755)
+    flags = [*PAIR.split(), "--out", "my samples"]
+    sample.main([*flags, "-n", "3"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("all 3 images are in my samples; next: ")
+    command = line.split("next: ")[1]
+    typed = subprocess.check_output(command, shell=True, text=True, env=ENV | {"PATH": f"{work}/bin:/bin"})
+    assert typed.splitlines() == ["fid.py", "my samples"]
+    args = fid.parse_args(shlex.split(command)[2:])
+    assert (args.ref, args.crop) == (str(work / "my photos"), 32)
+
+    sample.main([*flags, "-n", "3"])  # nothing is missing
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert "3 images in my samples, 3 of them already there" in first and "all 3 images are" in last
+    sample.main([*flags, "-n", "2"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "all 2 images are in my samples (and 1 others, which fid.py counts as well); next: "
+    )
+
+    # Nothing is known of the data of released files.
+    write_flow("flow.pt")
+    run(PAIR, "-n 1 --out released")
+    assert capsys.readouterr().err.splitlines()[-1] == "all 1 images are in released"
+
+
+def test_settings_for_fid(work):
+    """The reference and its crop decide no pixel: a data folder may move while a run is resumed."""
+    for data in ("photos", "/mnt/photos"):
+        write_flow("flow.pt", data=data)
+        run(PAIR, "-n 1 --out samples")
+        settings = settings_of("samples")
+        assert (settings["reference"], settings["crop"], settings["demo"]) == (data, 32, False)
+    pixels_alone = settings.keys() - {"reference", "crop", "demo"}
+    assert pixels_alone == {
+        *("flow", "decoder", "autoguide", "classes", "seed", "steps", "solver", "shift", "t_end", "cfg"),
+        *("internal_guidance", "guidance_interval", "precision"),
+    }
 
 
 @pytest.mark.slow
-def test_errors(files, tmp_path, monkeypatch):
-    folder, flags = files
-    monkeypatch.chdir(tmp_path)
-    plain = write_flow(tmp_path / "dit.pt", "DiT-S")
-    write_flow(tmp_path / "vit.pt", encoder="test_vit2", encoder_hash="1" * 12)
-    write_flow(tmp_path / "hash.pt", encoder_hash="0123456789ab")
-    write_flow(tmp_path / "grid.pt", latent_shape=[64, 4, 4])
-    write_flow(tmp_path / "one.pt", num_classes=1)
-    write_decoder(tmp_path / "decoder.pt")
-    checkpoint = torch.load(folder / "flow.pt", weights_only=True)
-    torch.save(checkpoint["ema"], tmp_path / "bare.pt")
-    (tmp_path / "junk.pt").write_text("junk")
-    decoder = ["--decoder", "decoder.pt"]
-    (tmp_path / "empty").mkdir()
-    write_decoder(tmp_path / "512.pt", encoder_size=64, image_size=64, latent_shape=[64, 4, 4])
-    for arguments, words in (
-        ([], ["--decoder runs/decoder/last.pt: no such file"]),
-        (decoder, ["--flow runs/flow/last.pt: no such file"]),
-        ([*flags, "--flow", "junk.pt"], ["--flow junk.pt", "not a flow checkpoint"]),
-        ([*flags, "--flow", "decoder.pt"], ["--flow decoder.pt: is a decoder of rae_decoder_train.py"]),
-        ([*flags, "--decoder", "junk.pt"], ["--decoder junk.pt"]),
-        ([*flags, "--decoder", "dit.pt"], ["--decoder dit.pt: is a flow of flow_train.py"]),
-        ([*flags, "--flow", "vit.pt"], ["has encoder test_vit2,", "has test_vit: they are no pair"]),
-        ([*flags, "--flow", "hash.pt"], ["has encoder_hash 0123456789ab", "no pair"]),
-        ([*flags, "--flow", "grid.pt"], ["latent_shape [64, 4, 4]", "[64, 2, 2]"]),
-        ([*flags, "--flow", "bare.pt"], ["bare.pt", "--stats"]),
-        ([*flags, "--decoder", "512.pt"], ["encoder_size 32", "512.pt has 64: they are no pair"]),
-        ([*flags, "--classes", "1,x"], ["--classes x:", "0 to 2, by name cat, dog, 7"]),
-        ([*flags, "--classes", ""], ["--classes :", "0 to 2"]),
-        ([*flags, "--classes", "-1"], ["--classes"]),
-        ([*flags, "--classes", "1,3"], ["--classes 3:", "0 to 2"]),
-        ([*flags, "--shift", "0"], ["--shift", "above 0, got 0"]),
-        ([*flags, "--t-end", "1"], ["--t-end", "below 1, got 1"]),
-        ([*flags, "--steps", "0"], ["--steps", "from 1, got 0"]),
-        ([*flags, "--num", "0"], ["--num", "from 1 to 1,000,000, got 0"]),
-        ([*flags, "--num", "1000001"], ["--num", "from 1 to 1,000,000, got 1000001"]),
-        ([*flags, "--seed", "4294"], ["--seed", "from 0 to 4293, got 4294"]),
-        ([*flags, "--batch-size", "0"], ["--batch-size", "from 1, got 0"]),
-        ([*flags, "--precisoin", "fp32"], ["--precisoin", "perhaps --precision"]),
-        ([*flags, "--reuse-body", "2"], ["--reuse-body"]),
-        ([*flags, "--autoguide", plain], ["--cfg"]),
-        ([*flags, "--guidance-interval", "0", "1"], ["--cfg"]),
-        ([*flags, "--cfg", "2", "--guidance-interval", "0.5", "0.4"], ["--guidance-interval", "MIN < MAX"]),
-        ([*flags, "--cfg", "2", "--flow", "one.pt"], ["--cfg", "one class"]),
-        ([*flags, "--cfg", "2", "--autoguide", "one.pt"], ["--autoguide", "classes"]),
-        ([*flags, "--cfg", "2", "--autoguide", "none.pt"], ["--autoguide none.pt", "no such file"]),
-        ([*decoder, "--reconstruct", "empty"], ["--reconstruct empty", "no .png"]),
-        ([*decoder, "--reconstruct", "nowhere"], ["--reconstruct nowhere"]),
-        ([*decoder, "--reconstruct", "empty", "--npz"], ["--reconstruct does not sample", "--npz"]),
-        ([*decoder, "--reconstruct", "empty", "--classes", "1"], ["--reconstruct", "--classes"]),
-        ([*decoder, "--reconstruct", "empty", "--steps", "9"], ["--reconstruct does not sample"]),
-        ([*decoder, "--reconstruct", "empty", "--internal-guidance", "1.5"], ["does not sample"]),
-        ([*decoder, "--latent-noise", "1"], ["--latent-noise", "are for --reconstruct"]),
-        ([*decoder, "--skip-broken"], ["--skip-broken", "are for --reconstruct"]),
-        ([*decoder, "--encoder-weights", "random"], ["are for --reconstruct"]),
-        ([*flags, "--internal-guidance", "1.5", "--autoguide", plain], ["--cfg"]),
+def test_settings_guard(twenty, folder, tmp_path):
+    """A folder of other settings is refused, and the message says which; more of the same is welcome."""
+    out = tmp_path / "samples"
+    shutil.copytree(twenty[0], out)
+    other = write_flow(tmp_path / "other.pt", seed=1)
+    later = {}
+    for name, key in (("flow", "blocks.0.attn.proj.weight"), ("decoder", "decoder_embed.weight")):
+        ema = read(folder / f"{name}.pt")["ema"]
+        ema[key] = ema[key] + 1e-6  # one more step of training, under the old name
+        later[name] = alter(folder / f"{name}.pt", tmp_path / f"{name}.pt", ema=ema)
+    moments = read(folder / "flow.pt")["mean"] + 0.01
+    later["mean"] = alter(folder / "flow.pt", tmp_path / "mean.pt", mean=moments)
+    sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.0] * 3, std=[0.25] * 3)
+    later["pixels"] = write_decoder(tmp_path / "pixels.pt", decoder=sizes)
+    for change, words in (
+        ("--seed 6", "seed 5, this run has 6"),
+        ("--steps 4", "steps 3, this run has 4"),
+        ("--cfg 1.6", "cfg"),
+        ("--solver heun", "solver"),
+        ("--shift 3", "shift"),
+        ("--t-end 0.1", "t_end"),
+        ("--classes 1", "classes"),
+        ("--guidance-interval 0 0.9", "guidance_interval"),
+        (f"--autoguide {other}", "autoguide"),
+        ("--precision bf16", "precision"),
+        (f"--flow {later['flow']}", "flow"),
+        (f"--flow {later['mean']}", "flow"),
+        (f"--decoder {later['decoder']}", "decoder"),
+        (f"--decoder {later['pixels']}", "decoder"),
     ):
-        with pytest.raises(SystemExit) as error:
-            sample.main([*arguments, "--out", "out"])
-        message = str(error.value)
-        assert all(word in message for word in words) and "\n" not in message, (arguments, message)
-        assert not Path("out").exists()  # nothing is done before everything is checked
-    Image.new("RGB", (32, 32)).save("empty/000000.png")
-    with pytest.raises(SystemExit, match="--out empty has images, but no settings.json"):
-        sample.main([*flags, "--num", "1", "--out", "empty"])
+        line = refusal(twenty[1], change, "--out", out)
+        assert line.startswith(f"--out {out} has {words}") and "name another folder" in line
+    assert difference(twenty[0], out) == 0
+    run(twenty[1], "-n 22 --batch-size 64 --out", out)
+    assert len(pixels(out)) == 22
+
+
+@pytest.mark.parametrize("content", ["", "junk", "5", "[1, 2]", "{}", '{"editor.fontSize": 12}'])
+def test_damaged_settings(work, content):
+    """A settings.json that can't be read, or is another program's."""
+    run(PAIR, "-n 1 --out samples")
+    Path("samples/settings.json").write_text(content)
+    line = refusal(PAIR, "-n 1 --out samples")
+    assert line.startswith("--out samples") and "name another folder" in line
+
+
+def test_folders_of_others(work):
+    """OUT is new, empty, or of this script: nothing is written beside what others left."""
+    (work / "photos/cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("photos/cat/1.jpg")
+    (work / "pngs").mkdir()
+    Image.new("RGB", (32, 32)).save("pngs/000000.png")
+    os.symlink("photos", "link")
+    before = sorted(map(str, Path().rglob("*")))
+    for out in ("photos", "photos/cat", "photos/.", "link", "pngs", "."):
+        assert "files that are not this script's" in refusal(PAIR, "-n 1 --out", out)
+    for out in ("flow.pt", "flow.pt/x"):
+        assert f"--out {out}: can't be used" in refusal(PAIR, "-n 1 --out", out)
+    # The folder that is read is no place to write into, however it is spelled.
+    for out in ("photos", "photos/cat", "photos/new", "link/new", "photos/cat/../new", f"{work}/photos"):
+        line = refusal("--reconstruct photos --decoder decoder.pt --out", out)
+        assert "lies in the folder that --reconstruct reads" in line
+    for source in ("link", "photos/cat/.."):
+        line = refusal("--reconstruct", source, "--decoder decoder.pt --out photos/new")
+        assert "lies in the folder that --reconstruct reads" in line
+    assert sorted(map(str, Path().rglob("*"))) == before
+    (work / "empty").mkdir()
+    run(PAIR, "-n 1 --out empty")
+
+
+def test_a_full_disk_ends_the_run(work, monkeypatch):
+    """PNGs are written by threads, whose errors are easily lost."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    line = refusal(PAIR, "-n 2 --out samples")
+    assert "can't be written" in line and "No space left" in line
+    assert [path.name for path in Path("samples").iterdir()] == ["settings.json"]
+
+
+def test_images_that_are_not_finite(work):
+    """One line names the first of them, and nothing of its batch is written."""
+    ema = read("flow.pt")["ema"]
+    ema["y_embedder.embedding_table.weight"][2] = math.inf  # the last class
+    alter("flow.pt", ema=ema)
+    assert refusal(PAIR, "-n 9 --batch-size 2 --out samples").startswith("image 2 is not finite")
+    assert list(pixels("samples")) == ["000000.png", "000001.png"]
+    run(PAIR, "-n 9 --classes 0,1 --out others")
+
+
+def test_only_settings_wait_for_the_disk(work, monkeypatch):
+    """An fsync for each of 50,000 PNGs would take longer than some samplers."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    run(PAIR, "-n 3 --out samples")
+    assert len(synced) == 1 and "settings.json" in synced[0]
+
+
+# The sheet and the .npz
+
+
+def test_beside_out(work, monkeypatch):
+    """`--out .` has its sheet and its .npz beside the folder."""
+    (work / "here").mkdir()
+    monkeypatch.chdir(work / "here")
+    run("--flow ../flow.pt --decoder ../decoder.pt", FAST, "-n 2 --npz --out .")
+    assert {"here.npz", "here.png"} < {path.name for path in work.iterdir()}
+    assert sorted(path.name for path in Path().iterdir()) == ["000000.png", "000001.png", "settings.json"]
+
+
+def test_npz_and_sheet(twenty):
+    out = twenty[0]
+    images = np.stack(list(pixels(out).values()))
+    packed = np.load(f"{out}.npz")
+    assert packed["arr_0"].dtype == np.uint8 and packed["arr_0"].shape == (20, 32, 32, 3)
+    assert (packed["arr_0"] == images).all()
+    assert packed["arr_1"].tolist() == [i % CLASSES for i in range(20)]
+    sheet = np.array(Image.open(f"{out}.png"))
+    assert sheet.shape == (2 * 32, 9 * 32, 3)  # full rows alone, and each of 9 columns is of one class
+    assert (sheet[32:64, 32:64] == images[10]).all() and (sheet[:32, 8 * 32 :] == images[8]).all()
+
+
+@pytest.mark.parametrize(
+    "number, classes, columns, rows",
+    [
+        (250, 1, 10, 10),
+        (3, 1, 3, 1),
+        (1, 5, 1, 1),
+        (12, 4, 8, 1),
+        (25, 12, 10, 2),
+        (99, 10, 10, 9),
+        (2, 4, 2, 1),
+    ],
+)
+def test_sheet(tmp_path, number, classes, columns, rows):
+    files = [tmp_path / f"{i}.png" for i in range(number)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (4, 4), (i, 7, 9)).save(file)
+    sample.write_sheet(str(tmp_path / "sheet.png"), files, classes)
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (4 * rows, 4 * columns, 3)
+    assert (sheet[::4, ::4, 0].flatten() == np.arange(columns * rows)).all()
+    assert (sheet[..., 1:] == (7, 9)).all()
+
+
+@pytest.mark.slow
+def test_npz_needs_no_memory(tmp_path, monkeypatch):
+    """50,000 images of 256 px are 10 GB: memory stays flat, and a member of over 4 GB is possible."""
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "red.png")
+    number = 2000
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1_000_000)  # instead of 4 GB
+    sample.write_npz(str(tmp_path / "warm.npz"), [tmp_path / "red.png"], [0])
+    tracemalloc.start()
+    sample.write_npz(str(tmp_path / "out.npz"), [tmp_path / "red.png"] * number, [1, 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < number * 128 * 128 * 3 / 4
+    monkeypatch.undo()
+    packed = np.load(tmp_path / "out.npz")
+    assert packed["arr_0"].shape == (number, 128, 128, 3) and packed["arr_1"].tolist() == [1, 0] * (
+        number // 2
+    )
+    assert (packed["arr_0"] == [255, 0, 0]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "red.png", "warm.npz"]
+
+
+# Reconstruction
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five images in two classes, of no square shape; their paths in the order of the data."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        path = root / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        low = rng.integers(0, 256, (4, 5, 3)).astype(np.uint8)
+        Image.fromarray(low).resize((50, 40), Image.Resampling.BICUBIC).save(path)
+    return sorted(root.rglob("*.png"))
+
+
+@pytest.fixture
+def copies(photos, work):
+    """Copies of the five in the working folder's `photos`."""
+    shutil.copytree(photos[0].parents[1], work / "photos")
+    return sorted(Path("photos").rglob("*.png"))
+
+
+RECONSTRUCT = "--reconstruct photos --decoder decoder.pt --workers 0 --batch-size 2 --out out"
+
+
+def crop_of(path):
+    with Image.open(path) as file:
+        return np.array(center_crop(to_rgb(file), 32))
+
+
+@torch.no_grad()
+def reconstruction_of(path, noise=0.0):
+    encoder = Encoder("test_vit", 32, 32, "random")
+    decoder = sample.load_decoder("decoder.pt")[0]
+    image = torch.from_numpy(crop_of(path)).permute(2, 0, 1)[None] / 255
+    return (decoder(encoder(image) + noise)[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+
+
+def psnr_of(png, path):
+    return 10 * math.log10(255**2 / np.mean((png - crop_of(path).astype(float)) ** 2))
+
+
+def test_reconstruct(copies, capsys):
+    """PNGs are decode(encode(crop)) in the folder's order, in fp32; PSNR is the mean over images."""
+    run(RECONSTRUCT)
+    printed, last = capsys.readouterr()
+    made = list(pixels("out").values())
+    assert len(made) == 5
+    for png, path in zip(made, copies, strict=True):
+        assert np.abs(reconstruction_of(path) - png).max() <= 1
+    psnr = np.mean([psnr_of(png, path) for png, path in zip(made, copies, strict=True)])
+    assert json.loads(printed) == {"psnr": pytest.approx(psnr, abs=1e-9), "images": 5, "broken": 0}
+    assert Image.open("out.png").size == (5 * 32, 32)
+    assert last.splitlines()[-1] == "all 5 images are in out; next: python fid.py out"
+    settings = settings_of("out")
+    assert settings["precision"] == "fp32"  # without a flag
+    assert (settings["reference"], settings["crop"], settings["demo"]) == ("photos", 32, False)
+
+    # What is there counts as well.
+    os.remove("out/000002.png")
+    run(RECONSTRUCT)
+    assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(psnr, abs=1e-6)
+
+
+def test_reconstruct_one_file(copies, capsys):
+    """One file is a folder of one, with which no set of images can be compared."""
+    run(RECONSTRUCT, "--reconstruct", copies[3])
+    printed, last = capsys.readouterr()
+    png = pixels("out")["000000.png"]
+    assert np.abs(reconstruction_of(copies[3]) - png).max() <= 1
+    psnr = pytest.approx(psnr_of(png, copies[3]))
+    assert json.loads(printed) == {"psnr": psnr, "images": 1, "broken": 0}
+    assert settings_of("out")["reference"] is None and last.splitlines()[-1] == "all 1 images are in out"
+
+
+def test_reconstruct_some(copies, capsys):
+    """With -n 2, the first image of each class, and the PSNR of just these."""
+    run(RECONSTRUCT, "-n 2")
+    made = list(pixels("out").values())
+    drawn = [copies[0], copies[2]]
+    for png, path in zip(made, drawn, strict=True):
+        assert np.abs(reconstruction_of(path) - png).max() <= 1
+    psnr = np.mean([psnr_of(png, path) for png, path in zip(made, drawn, strict=True)])
+    assert json.loads(capsys.readouterr().out)["psnr"] == pytest.approx(psnr, abs=1e-9)
+    assert "has num 2, this run has 5" in refusal(RECONSTRUCT)
+
+
+def test_latent_noise(copies, monkeypatch):
+    """Each image has its own noise; without the flag none is drawn."""
+    run(RECONSTRUCT, "-n 3 --latent-noise 0.5 --seed 2")
+    drawn = [copies[i * 5 // 3] for i in range(3)]
+    for i, (png, path) in enumerate(zip(pixels("out").values(), drawn, strict=True)):
+        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2_000_000 + i))
+        assert np.abs(reconstruction_of(path, 0.5 * noise) - png).max() <= 1
+    monkeypatch.setattr(sample, "draw_noise", None)
+    run(RECONSTRUCT, "--out plain")
+
+
+def test_reconstructed_images_are_known_by_content(copies):
+    """A folder has many names; another picture under an old name is another set of images."""
+    run(RECONSTRUCT)
+    run(RECONSTRUCT, "--reconstruct ./photos/../photos/")
+    path = copies[1]
+    original = path.read_bytes()
+    time_of_change = path.stat().st_mtime_ns
+    for content, later in ((b"other", 0), (original, 1)):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, time_of_change + later))
+        assert "--out out has images" in refusal(RECONSTRUCT)
+    os.utime(path, ns=(0, time_of_change))
+    run(RECONSTRUCT)
+
+
+def test_reconstruct_with_another_encoder(copies):
+    """What a flag says of the encoder must fit to what the decoder was trained with."""
+    write_decoder("other.pt", encoder_hash="0123456789ab")
+    write_decoder("layers.pt", layers=[1, 2])
+    torch.save(rae_encoder.load_vit("test_vit", "random").state_dict(), "vit.pt")
+    state = read("vit.pt")
+    state["blocks.0.attn.proj.bias"] = state["blocks.0.attn.proj.bias"] + 1
+    torch.save(state, "vit2.pt")
+    for flags, words in (
+        ("--decoder other.pt", ("has encoder_hash", "--decoder other.pt has 0123456789ab")),
+        ("--encoder-weights vit2.pt", ("has encoder_hash",)),
+        ("--layers 0,1", ("has layers [0, 1]", "--decoder decoder.pt has None")),
+        ("--decoder layers.pt --layers last", ("has layers None", "--decoder layers.pt has [1, 2]")),
+        (
+            "--encoder test_vit2 --encoder-weights random",
+            ("encoder test_vit2 has", "--decoder decoder.pt has"),
+        ),
+    ):
+        line = refusal(RECONSTRUCT, flags)
+        assert all(word in line for word in words), line
+    assert not Path("out").exists()
+    run(RECONSTRUCT, "--encoder test_vit --encoder-weights vit.pt")
+
+
+def test_broken_images(copies, capsys):
+    """They are named, or replaced and counted; a link to nothing is one of them."""
+    copies[1].write_bytes(b"broken")
+    line = refusal(RECONSTRUCT)
+    assert f"{copies[1]}: not a readable image" in line and "--skip-broken" in line
+    run(RECONSTRUCT, "--skip-broken")  # and what was made before stays
+    assert json.loads(capsys.readouterr().out)["broken"] == 1
+
+    copies[1].unlink()
+    copies[1].symlink_to("nowhere")
+    assert "has images" in refusal(RECONSTRUCT, "--skip-broken")
+    run(RECONSTRUCT, "--skip-broken --out other")
+    assert json.loads(capsys.readouterr().out)["broken"] == 1
+
+
+def test_an_exact_copy_has_a_psnr(tmp_path):
+    """Infinity is no JSON, and one black image must not make a mean of it: 100 dB is the most."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, level in enumerate((0, 100)):
+        Image.new("RGB", (32, 32), (level, level, level)).save(data / f"{i}.png")
+    originals = torch.utils.data.Subset(ImageData(data, 32), [(0, 1), (0, 0)])
+    made = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, level in zip(made, (110, 0), strict=True):
+        Image.new("RGB", (32, 32), (level, level, level)).save(path)
+    scores = json.loads(json.dumps(sample.scores(made, originals, 0), allow_nan=False))
+    assert scores["psnr"] == pytest.approx((10 * math.log10(255**2 / 10**2) + 100) / 2)
+    assert sample.scores(made[1:], torch.utils.data.Subset(originals.dataset, [(0, 0)]), 0)["psnr"] == 100
+
+    # One level in one channel of one pixel is not better than an exact copy.
+    nearly = Image.new("RGB", (256, 256))
+    nearly.putpixel((0, 0), (1, 0, 0))
+    nearly.save(made[1])
+    black = tmp_path / "black"
+    black.mkdir()
+    Image.new("RGB", (256, 256)).save(black / "0.png")
+    large = torch.utils.data.Subset(ImageData(black, 256), [(0, 0)])
+    assert sample.scores(made[1:], large, 0)["psnr"] == 100
+
+
+def test_the_demos_decoder_is_for_the_demo(copies):
+    """--reconstruct takes the default run's decoder, but not the demo's for photographs."""
+    rae_encoder.draw_demo("data/demo", num=8)
+    (Path("runs/decoder")).mkdir(parents=True)
+    default = "--workers 0 --device cpu -n 2 --reconstruct"
+    assert "runs/decoder/last.pt: no such file" in refusal(default, "photos")
+    write_decoder("runs/decoder/last.pt")
+    run(default, "photos --out 1")
+    write_decoder("runs/decoder/last.pt", args={"preset": "demo"})
+    for source in ("photos", "data", copies[0]):
+        line = refusal(default, source, "--out 2")
+        assert "the demo's" in line and "--decoder FILE" in line
+    os.symlink("data/demo", "link")
+    for k, source in enumerate(("data/demo", "data/demo/circle", "link", "data/../data/demo/ring")):
+        run(default, source, f"--out demo{k}")
+        assert settings_of(f"demo{k}")["demo"] is True
+    run(default, "photos --decoder runs/decoder/last.pt --out 3")
+
+
+# Ranks and signals
+
+
+def look_at_another_flow():
+    if os.environ["RANK"] == "1":
+        sample.local_file = lambda path, flag: str(path).replace("flow.pt", "late.pt")
+
+
+def see_all_images():
+    if os.environ["RANK"] == "1":
+        sample.is_whole = lambda file: True
+
+
+def run_command(flags):
+    """As `python sample.py` does."""
+    rae_encoder.run(partial(sample.main, flags))
+
+
+def block_threads():
+    """The third PNG takes a minute to write."""
+    save = Image.Image.save
+
+    def slow(image, file, **options):
+        if "000002" in file.name:
+            Path("blocked").touch()
+            time.sleep(60)
+        save(image, file, **options)
+
+    Image.Image.save = slow
+
+
+def wait_for(condition, processes):
+    while not condition() and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.slow
+def test_ranks(twenty, tmp_path, monkeypatch):
+    """Ranks share the images, also where these don't divide; one bar, first and last line, one sheet."""
+    monkeypatch.chdir(tmp_path)
+    lines = run_ranks(
+        sample.main, [*twenty[1].split(), "--batch-size", "6", "--npz"], world=3, before=(narrow,)
+    )
+    assert difference(twenty[0], "samples") <= 1
+    assert "3 x cpu, fp32" in lines[0] and lines[-1] == "all 20 images are in samples"
+    assert "image/s" in Path("stderr-0").read_text()
+    assert all(not Path(f"stderr-{rank}").read_text() for rank in (1, 2))
+    sheets = [np.array(Image.open(f"{out}.png")).astype(int) for out in (twenty[0], "samples")]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    assert np.load("samples.npz")["arr_1"].tolist() == [i % CLASSES for i in range(20)]
+
+
+@pytest.mark.slow
+def test_killed_ranks(twenty, tmp_path, monkeypatch):
+    """Killed in the middle, three ranks go on as one process and end with the images of one run."""
+    monkeypatch.chdir(tmp_path)
+    flags = f"{twenty[1]} --batch-size 3 -n 2000"
+    ranks = start_ranks(sample.main, flags.split(), world=3, before=(narrow,))
+    wait_for(lambda: len(list(Path().glob("samples/*.png"))) >= 7, ranks)
+    kill_ranks(ranks)
+    assert 7 <= len(list(Path().glob("samples/*.png"))) < 2000
+    run(twenty[1], "--batch-size 7")
+    for path in Path("samples").glob("*.png"):
+        if int(path.stem) >= 20:
+            path.unlink()
+    assert difference(twenty[0], "samples") <= 1
+
+
+@pytest.mark.slow
+def test_ranks_make_what_the_first_one_misses(twenty, tmp_path, monkeypatch):
+    """A disk that shows the second rank images which are not there must not leave any out."""
+    monkeypatch.chdir(tmp_path)
+    run_ranks(sample.main, twenty[1].split(), world=2, before=(narrow, see_all_images))
+    assert difference(twenty[0], "samples") <= 1
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_files(work):
+    """A network disk may still show the second rank the flow of before: both end in one line."""
+    write_flow("late.pt", seed=4)
+    run_ranks(sample.main, f"{PAIR} -n 4".split(), world=2, before=(narrow, look_at_another_flow), code=1)
+    for rank in range(2):
+        (line,) = Path(f"stderr-{rank}").read_text().splitlines()
+        assert "rank 0 has flow" in line and "rank 1 has" in line
+    assert not list(Path("samples").glob("*"))
+
+
+@pytest.mark.slow
+def test_ranks_refuse_in_one_line_each(work):
+    run(PAIR, "-n 2")
+    run_ranks(sample.main, f"{PAIR} -n 2 --steps 4".split(), world=2, before=(narrow,), code=1)
+    for rank in range(2):
+        (line,) = Path(f"stderr-{rank}").read_text().splitlines()
+        assert line.startswith("--out samples has steps 3, this run has 4")
+
+
+@pytest.mark.slow
+def test_ctrl_c(work):
+    """One line, exit code 130, and what is made stays."""
+    (process,) = start_ranks(run_command, f"{PAIR} -n 5000 --batch-size 4".split(), before=(narrow,))
+    wait_for(lambda: len(list(Path().glob("samples/*.png"))) >= 7, [process])
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    printed = Path("stderr-0").read_text()
+    assert printed.count("interrupted; ") == 1 and "Traceback" not in printed
+    assert 7 <= len(list(Path().glob("samples/*.png"))) < 5000
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(work):
+    """The first one waits for the PNGs that are being written, here on a disk that hangs."""
+    (process,) = start_ranks(run_command, f"{PAIR} -n 4".split(), before=(narrow, block_threads))
+    wait_for(Path("blocked").exists, [process])
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == 130
+    assert "Traceback" not in Path("stderr-0").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun(work, monkeypatch):
+    """As the terminal sends it: to torchrun and to both ranks."""
+    monkeypatch.setitem(DECODERS, "ViT-mini", MINI)
+    write_decoder("decoder.pt")
+    out = Path("samples")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "sample.py"), *PAIR.split(), "--batch-size", "4", "-n", "5000"]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(list(out.glob("*.png"))) < 7:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=120)[1]
+    assert 7 <= len(list(out.glob("*.png"))) < 5000
+    assert printed.count("interrupted; ") == 1
+    assert 'sample.py", line' not in printed
+
+
+def state_of_process():
+    return {
+        "signals": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+        "fp32": torch.get_float32_matmul_precision(),
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "warnings": list(warnings.filters),
+        "group": dist.is_initialized(),
+        "threads": torch.get_num_threads(),
+        "seed": torch.initial_seed(),
+    }
+
+
+def test_main_leaves_its_caller_as_it_was(copies, monkeypatch):
+    """Also after an error and after Ctrl-C, which a notebook survives; and it runs twice in one process."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = state_of_process()
+        for out in ("a", "b"):
+            run(PAIR, "--precision bf16 -n 2 --out", out)
+        assert difference("a", "b") == 0
+        run(RECONSTRUCT, "--workers 1 -n 2")
+        refusal(RECONSTRUCT, "--workers 0 -n 3")
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(dit_dh, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(PAIR, "--out c")
+        assert state_of_process() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# Flags
+
+
+def test_every_number_has_bounds():
+    """A new flag that takes any int or float is found here, not by a user's -1."""
+    for action in sample.build_parser()[0]._actions:
+        assert action.type not in (int, float), action.option_strings
+        if action.type is None and action.nargs != 0 and not action.choices:
+            assert action.dest in (
+                *("flow", "decoder", "encoder", "stats", "autoguide", "classes", "reconstruct"),
+                *("encoder_weights", "out"),
+            )
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--seed 4294", "--seed: expected a whole number from 0 to 4293, got 4294"),
+        ("-n 0", "--num: expected a whole number from 1 to 1,000,000, got 0"),
+        ("-n 1000001", "--num: expected a whole number from 1 to 1,000,000, got 1000001"),
+        ("--t-end 1", "--t-end: expected a number from 0 to below 1, got 1"),
+        ("--precisoin fp32", "--precisoin"),
+        ("--internal-guidance", "--internal-guidance: expected one argument"),
+        ("--guidance-interval 0.5 0.4 --cfg 2", "--guidance-interval 0.5 0.4: expected MIN < MAX"),
+        ("--guidance-interval 0 1", "--cfg SCALE"),
+        ("--autoguide weak.pt", "--cfg SCALE"),
+        ("--autoguide weak.pt --cfg 1", "--cfg SCALE"),
+        ("--autoguide weak.pt --internal-guidance 1.5", "--cfg SCALE"),
+        ("--autoguide", "--autoguide: expected FILE, but with --preset imagenet256 or imagenet512"),
+        ("--reconstruct photos --npz", "--npz: is for sampling alone"),
+        ("--reconstruct photos --classes 1", "--classes: is for sampling alone"),
+        ("--reconstruct photos --steps 50", "--steps: is for sampling alone"),
+        ("--reconstruct photos --guidance-interval 0 1", "--guidance-interval: is for sampling alone"),
+        ("--reconstruct photos --internal-guidance 1.5", "--internal-guidance: is for sampling alone"),
+        ("--latent-noise 1", "--latent-noise: is for reconstruction alone"),
+        ("--skip-broken", "--skip-broken: is for reconstruction alone"),
+        ("--encoder-weights random", "--encoder-weights: is for reconstruction alone"),
+        ("--layers 1,2", "--layers: is for reconstruction alone"),
+    ],
+)
+def test_flags_that_cannot_be_meant(flags, line):
+    assert line in message(sample.parse_args, flags.split())
+
+
+def test_a_scale_is_needed_once():
+    """Internal guidance has its own, and a preset's weak network the paper's."""
+    args = sample.parse_args(["--internal-guidance", "1.78", "--guidance-interval", "0.1", "1"])
+    assert (args.internal_guidance, args.guidance_interval, args.cfg) == (1.78, [0.1, 1.0], None)
+    assert sample.parse_args(["--preset", "imagenet512", "--autoguide"]).cfg == 1.5
+    assert sample.parse_args(["--preset", "imagenet512", "--autoguide", "--cfg", "2"]).cfg == 2
+
+
+def test_files_that_do_not_fit(work):
+    write_flow("vit.pt", encoder="test_vit2", encoder_hash="1" * 12)
+    write_flow("grid.pt", latent_shape=[64, 4, 4])
+    write_flow("dit.pt", "DiT-S")
+    write_decoder("512.pt", encoder_size=64, image_size=64, latent_shape=[64, 4, 4])
+    torch.save(read("flow.pt")["ema"], "bare.pt")
+    Path("junk.pt").write_text("junk")
+    Path("empty").mkdir()
+    for flags, words in (
+        ("--flow flow.pt --decoder none.pt", ("--decoder none.pt: no such file",)),
+        ("--flow none.pt --decoder decoder.pt", ("--flow none.pt: no such file",)),
+        (f"{PAIR} --flow junk.pt", ("--flow junk.pt: not a flow checkpoint",)),
+        (f"{PAIR} --flow decoder.pt", ("--flow decoder.pt: not a flow checkpoint but rae-decoder/1",)),
+        (f"{PAIR} --decoder junk.pt", ("--decoder junk.pt",)),
+        (f"{PAIR} --decoder dit.pt", ("--decoder dit.pt: is a flow of flow_train.py",)),
+        (f"{PAIR} --flow vit.pt", ("--flow vit.pt has encoder_hash 111111111111",)),
+        (f"{PAIR} --flow grid.pt", ("latent_shape [64, 4, 4]", "[64, 2, 2]")),
+        (f"{PAIR} --decoder 512.pt", ("encoder_size 32", "512.pt has 64")),
+        (f"{PAIR} --flow bare.pt", ("--flow bare.pt", "--stats FILE")),
+        (f"{PAIR} --cfg 2 --autoguide none.pt", ("--autoguide none.pt: no such file",)),
+        (f"{PAIR} --internal-guidance 1.5", ("--internal-guidance: flow.pt has no base output",)),
+        (
+            f"{PAIR} --flow dit.pt --internal-guidance 1.5",
+            ("--internal-guidance: dit.pt has no base output",),
+        ),
+        ("--decoder decoder.pt --reconstruct empty", ("--reconstruct empty: no .png",)),
+        ("--decoder decoder.pt --reconstruct nowhere", ("--reconstruct nowhere",)),
+    ):
+        line = refusal(flags, "--out out")
+        assert all(word in line for word in words), line
+    assert not Path("out").exists()  # nothing is done before everything is checked
