@@ -77,6 +77,20 @@ def pngs(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD]
+
+
+@pytest.fixture
+def quiet():
+    """Signals do nothing until they are caught: a job in the background, as this may be one, ignores some."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # Flags
 
 
@@ -210,13 +224,8 @@ def test_the_preset_follows_the_data_and_flags_go_over_it(parse):
     # Nothing of the demo is in it.
     assert (own.preset, own.data, own.encoder_weights, own.image_size) == ("small", "x", None, 64)
     other = parse("--data x --preset large --image-size 48 --no-flip")
-    assert (other.image_size, other.layers, other.flip, other.epochs, other.steps) == (
-        48,
-        "last",
-        False,
-        16,
-        None,
-    )
+    assert (other.image_size, other.layers, other.flip) == (48, "last", False)
+    assert (other.epochs, other.steps) == (16, None)
     assert other.explicit == ["data", "flip", "image_size", "preset"]
     assert parse("--seed 0").explicit == ["seed"]  # a default that is given is given
     assert vars(parse()) == vars(demo)  # a parse leaves no trace
@@ -689,40 +698,37 @@ def test_shared_memory_that_is_full_ends_in_one_line(pngs, monkeypatch, error):
     assert line == f"loading images failed ({error}){ONE_LINE}"
 
 
-def test_loading_processes_ignore_ctrl_c_and_obey_their_parent(monkeypatch):
+def test_loading_processes_ignore_ctrl_c_and_obey_their_parent(monkeypatch, quiet):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with rae_encoder.keeps_process_settings():
-        rae_encoder.catch_signals()
-        rae_encoder.obey_parent(0)
-        signal.raise_signal(signal.SIGINT)
-        assert codes == []
-        signal.raise_signal(signal.SIGTERM)
-    assert codes == [0]
+    stops = rae_encoder.catch_signals()
+    rae_encoder.obey_parent(0)
+    signal.raise_signal(signal.SIGINT)
+    assert codes == []
+    signal.raise_signal(signal.SIGTERM)
+    assert codes == [0] and stops == []
 
 
 # Signals and settings of the process
 
 
-def test_stop_signals_are_noted_for_the_end_of_a_step(monkeypatch):
+def test_stop_signals_are_noted_for_the_end_of_a_step(monkeypatch, quiet):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
-    with rae_encoder.keeps_process_settings():
-        stops = rae_encoder.catch_signals()
-        for number in numbers:
-            signal.raise_signal(number)
-        assert stops == numbers
+    stops = rae_encoder.catch_signals()
+    for number in numbers:
+        signal.raise_signal(number)
+    assert stops == numbers
 
     # nohup goes on after the terminal's end; torchrun, which kills soon after, is not listened to any less.
-    with rae_encoder.keeps_process_settings():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        stops = rae_encoder.catch_signals()
-        signal.raise_signal(signal.SIGHUP)
-        assert stops == []
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-        stops = rae_encoder.catch_signals()
-        signal.raise_signal(signal.SIGHUP)
-        assert stops == [signal.SIGHUP]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stops = rae_encoder.catch_signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert stops == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stops = rae_encoder.catch_signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert stops == [signal.SIGHUP]
 
 
 @pytest.mark.parametrize(
@@ -734,29 +740,27 @@ def test_stop_signals_are_noted_for_the_end_of_a_step(monkeypatch):
         ([("SIGTERM", 0), ("SIGTERM", 20)], False),
     ],
 )
-def test_a_second_ctrl_c_ends_at_once(monkeypatch, signals, ends):
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, quiet, signals, ends):
     codes = []
     clock = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(rae_encoder, "time", types.SimpleNamespace(monotonic=lambda: clock[-1]))
-    with rae_encoder.keeps_process_settings():
-        rae_encoder.catch_signals()
-        for name, moment in signals:
-            assert codes == []
-            clock.append(100 + moment)
-            signal.raise_signal(getattr(signal, name))
+    rae_encoder.catch_signals()
+    for name, moment in signals:
+        assert codes == []
+        clock.append(100 + moment)
+        signal.raise_signal(getattr(signal, name))
     assert codes == ([130] if ends else [])
 
 
 def settings():
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD]
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     flash = torch.backends.cuda.flash_sdp_enabled()
     return torch.get_float32_matmul_precision(), flash, handlers, list(warnings.filters)
 
 
 @pytest.mark.parametrize("script", [rae_encoder, rae_decoder_train, flow_train, sample])
-def test_main_leaves_its_caller_as_it_was(monkeypatch, script):
+def test_main_leaves_its_caller_as_it_was(monkeypatch, quiet, script):
     """Notebooks call main([...]): Ctrl-C, the precision and the attention of their own code stay."""
     precision, flash, *_ = before = settings()
 
@@ -805,17 +809,21 @@ def test_run_turns_ctrl_c_into_one_line(monkeypatch, capsys):
 # The run folder
 
 
-def record_board(monkeypatch):
-    """A TensorBoard that notes what it is given."""
-    board = types.SimpleNamespace(scalars=[], images=[])
-    board.add_scalar = lambda *values: board.scalars.append(values)
-    board.add_image = lambda name, image, step, dataformats: board.images.append(
-        (name, image, step, dataformats)
-    )
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder: board
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    return board
+class Board:
+    """A TensorBoard that notes what it is given, and how much of it is on the disk."""
+
+    def __init__(self, _folder):
+        self.noted = []
+        self.flushed = 0
+
+    def add_scalar(self, *values):
+        self.noted.append(values)
+
+    def add_image(self, name, image, step, dataformats):
+        self.noted.append((name, image.tolist(), step, dataformats))
+
+    def flush(self):
+        self.flushed = len(self.noted)
 
 
 @pytest.fixture
@@ -824,7 +832,9 @@ def no_board(monkeypatch):
 
 
 def test_the_log_is_json_lines_and_tensorboards(tmp_path, monkeypatch):
-    board = record_board(monkeypatch)
+    board = types.SimpleNamespace(SummaryWriter=Board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    noted = []
     for step, record in ((3, {"loss": 0.5, "lr": 1e-4}), (4, {"l1": 2})):
         log = rae_encoder.open_log(str(tmp_path / "a/run"))
         rae_encoder.write_log(log, step, record)
@@ -832,15 +842,17 @@ def test_the_log_is_json_lines_and_tensorboards(tmp_path, monkeypatch):
         found = json.loads(lines[-1])
         assert abs(found.pop("time") - time.time()) < 60
         assert found == {"step": step, **record} and len(lines) == step - 2
+        noted += log[1].noted
+        assert log[1].flushed == len(record)
         log[0].close()
-    assert board.scalars == [("loss", 0.5, 3), ("lr", 1e-4, 3), ("l1", 2, 4)]
+    assert noted == [("loss", 0.5, 3), ("lr", 1e-4, 3), ("l1", 2, 4)]
+
     picture = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
     picture.save(tmp_path / "x.png")
     rae_encoder.log_picture(log, 4, tmp_path / "x.png")
     rae_encoder.log_picture(log, 5, tmp_path / "none.png")
     rae_encoder.log_picture((None, None), 5, tmp_path / "x.png")
-    ((name, image, step, layout),) = board.images
-    assert (name, step, layout) == ("preview", 4, "HWC") and np.array_equal(image, np.asarray(picture))
+    assert log[1].noted[1:] == [("preview", np.asarray(picture).tolist(), 4, "HWC")]
 
 
 @pytest.mark.parametrize("code", ["value = 1", "raise RuntimeError", "import nosuchmodule", "def"])
