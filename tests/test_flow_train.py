@@ -1,11 +1,9 @@
-"""Stage 2: shift, times, loss, schedule and step against closed forms; Theorem 1 of the paper."""
+"""Stage 2: shift, times, loss, schedule and step against closed forms; what its run takes from stage 1."""
 
-import argparse
 import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +11,12 @@ import pytest
 import scipy.stats
 import timm
 import torch
-from conftest import equal, message, read
+from helpers import equal, message, read, write_decoder
 from safetensors.torch import save_file
-from test_sample import write_decoder
 
 import dit_dh
 import flow_train
+import rae_encoder
 import sample
 from rae_encoder import Encoder
 
@@ -61,25 +59,25 @@ def test_loss_is_the_squared_error_of_the_velocity():
     assert loss.item() == pytest.approx(np.mean((prediction - (eps - x)) ** 2), rel=1e-6)
 
 
-def test_learning_rate_at_exact_epochs():
-    """1,281,167 images in batches of 1,024 are 1,251 steps an epoch."""
-    args = argparse.Namespace(hold_epochs=40, decay_epochs=800)
-    hold, decay = flow_train.milestones(args, 1251, 1400 * 1251)
-    expected = {0: 2e-4, 40: 2e-4, 420: 1.1e-4, 800: 2e-5, 1400: 2e-5}
-    for epoch, lr in expected.items():
-        assert flow_train.learning_rate(epoch * 1251, hold, decay, 2e-4, 2e-5) == pytest.approx(lr)
+def test_the_learning_rate_is_held_falls_and_stays():
+    rates = [flow_train.learning_rate(step, 40, 800, 2e-4, 2e-5) for step in (0, 40, 420, 610, 800, 1400)]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 6.5e-5, 2e-5, 2e-5])
 
 
-def test_a_run_measured_in_steps_decays_over_its_second_half():
-    args = argparse.Namespace(hold_epochs=None, decay_epochs=None)
-    hold, decay = flow_train.milestones(args, 1251, 1000)
-    expected = {0: 2e-4, 500: 2e-4, 750: 1.1e-4, 1000: 2e-5}
-    for step, lr in expected.items():
-        assert flow_train.learning_rate(step, hold, decay, 2e-4, 2e-5) == pytest.approx(lr)
-    # Held up to its end or beyond, it would never decay, or from the first step on be the last.
-    for epochs in (0.8, 1):
-        args = argparse.Namespace(hold_epochs=epochs, decay_epochs=None)
-        assert "--hold-epochs ends at step" in message(flow_train.milestones, args, 1251, 1000)
+def schedule(*flags):
+    """(steps, hold, decay) of small on 500 images."""
+    return flow_train.schedule(flow_train.parse_args(["--data", "x", *flags]), 500, world=1)
+
+
+def test_a_run_of_small_decays_over_its_second_half():
+    """It is measured in steps, since an epoch of anybody's data can have any length: here of 62."""
+    assert schedule("--steps", "1000") == (1000, 500, 1000)
+    assert schedule("--steps", "1000", "--hold-epochs", "2") == (1000, 124, 1000)
+    assert schedule("--epochs", "3", "--decay-epochs", "2.5") == (186, 93, 155)
+    # Held up to its end or beyond, it would never decay.
+    for hold, step in (("16", 992), ("17", 1054)):
+        flags = ["--steps", "992", "--hold-epochs", hold]
+        assert f"--hold-epochs ends at step {step}, --decay-epochs at step 992" in message(schedule, *flags)
 
 
 SMALL = dict(width=16, depth=1, heads=2, head_width=32, head_depth=1, head_heads=2)
@@ -198,20 +196,22 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cached_latents_train_like_images(folder, encoded, precision):
+@pytest.mark.parametrize(("precision", "mirror"), [("fp32", "--flip"), ("bf16", "--no-flip")])
+def test_cached_latents_train_like_images(folder, encoded, precision, mirror):
     """To the last bit, over three epochs of other flips; all images and mirrors are encoded just once."""
-    flags = ["--precision", precision, "--stats-images", 20]
+    views = 2 if mirror == "--flip" else 1
+    flags = ["--precision", precision, mirror, "--stats-images", 20]
     train("plain", *flags, "--no-cache-latents")
-    assert sum(encoded) == 2 * 20 + 6 * 8
+    assert sum(encoded) == views * 20 + 6 * 8
     encoded.clear()
     train("cached", *flags, "--cache-latents")
-    assert sum(encoded) == 2 * 22
+    assert sum(encoded) == views * 22
     assert same_training("plain", "cached")
     losses = [[record["loss"] for record in logged(run)] for run in ("plain", "cached")]
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_the_cache_takes_the_place_of_broken_images_like_training_does(folder, capsys):
     Path("data/demo/circle/0001.png").write_text("broken")
     assert "0001.png: not a readable image" in message(train, "run", "--cache-latents")
@@ -221,21 +221,10 @@ def test_the_cache_takes_the_place_of_broken_images_like_training_does(folder, c
     assert same_training("plain", "cached")
 
 
-def test_a_cache_larger_than_the_memory_is_refused_at_once(folder, monkeypatch, encoded):
-    """22 images and their mirrors, latents (64,4,4), take 180,224 bytes a rank."""
-    monkeypatch.setattr(flow_train, "available_memory", lambda: 180_223)
-    assert "--cache-latents: no memory for 0.0 GB" in message(train, "run", "--cache-latents")
-    assert not encoded
-    monkeypatch.setattr(flow_train, "available_memory", lambda: 2 * 180_224 - 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "--cache-latents: no memory for 0.0 GB" in message(train, "run", "--cache-latents")
-    monkeypatch.setattr(flow_train, "available_memory", lambda: 2 * 180_224)
-    train("run", "--cache-latents")
-
-
 # Other starts: released weights, another checkpoint
 
 
+@pytest.mark.slow
 def test_init_starts_model_and_ema_from_weights(folder):
     """--steps 1 at learning rate 0: the checkpoint is the start."""
     train("source")
@@ -259,12 +248,33 @@ def test_init_starts_model_and_ema_from_weights(folder):
     others = [{key: value for key, value in s.items() if key != table} for s in (three["ema"], source["ema"])]
     assert equal(*others)
     line = message(train, "wide", "--width", 24, "--init", "released.pt")
-    assert "--init released.pt has sizes {'width': 16" in line and "this run {'width': 24" in line
-    assert "this run {" in message(train, "heads", "--heads", 1, "--init", "released.pt")
+    assert "this run has sizes {'width': 24" in line and "--init released.pt has {'width': 16" in line
+    assert "'heads': 1" in message(train, "heads", "--heads", 1, "--init", "released.pt")
     Path("text.pt").write_text("text")
     assert "--init text.pt: not a flow checkpoint" in message(train, "x", "--init", "text.pt")
 
 
+@pytest.mark.parametrize("flag", ["--init", "--stats"])
+def test_a_flow_of_other_latents_gives_neither_weights_nor_statistics(folder, flag):
+    """Shapes are the same throughout; a bare file knows none of it and passes."""
+    train("source", "--steps", 1)
+    source = read("runs/source/last.pt")
+    for key, other in (
+        ("layers", [0, 1]),
+        ("encoder_hash", "0123456789ab"),
+        ("encoder_size", 80),
+        ("image_size", 40),
+    ):
+        torch.save({**source, "config": source["config"] | {key: other}}, "other.pt")
+        line = message(train, "run", flag, "other.pt")
+        ours = source["config"][key]
+        assert line.startswith(f"this run has {key} {ours}, {flag} other.pt has {other}: ")
+    bare = source["ema"] if flag == "--init" else {"mean": source["mean"], "var": source["var"]}
+    torch.save(bare, "bare.pt")
+    train("run", "--steps", 1, flag, "bare.pt")
+
+
+@pytest.mark.slow
 def test_recomputed_activations_train_alike(folder):
     train("plain")
     train("less-memory", "--checkpoint-activations")
@@ -308,12 +318,6 @@ def test_a_run_that_goes_on_keeps_its_precision(folder, precision):
     other = {"fp32": "bf16", "bf16": "fp32"}[precision]
     assert train("resumed", "--steps", "7", "--precision", other) == other
 
-    old = read("runs/resumed/last.pt")  # older versions have it among the flags alone
-    del old["precision"]
-    old["args"]["precision"] = precision
-    torch.save(old, "runs/resumed/last.pt")
-    assert train("resumed", "--steps", "8") == precision
-
 
 @pytest.mark.slow
 def test_files_of_a_new_run_are_looked_at_when_it_goes_on(folder):
@@ -331,16 +335,7 @@ def test_files_of_a_new_run_are_looked_at_when_it_goes_on(folder):
     assert same_training("run", "whole")
 
 
-def test_a_run_shorter_than_before_is_refused(folder):
-    train("run")
-    line = message(train, "run", "--steps", 5)
-    assert line.startswith("runs/run/last.pt is at step 6, this run ends at 5: more --steps")
-    assert read("runs/run/last.pt")["step"] == 6
-    without = [flag for flag in TINY.split() if flag not in ("--steps", "6")]
-    line = message(flow_train.main, [*without, "--out", "runs/run", "--epochs", "2"])
-    assert "is at step 6, this run ends at 4" in line
-
-
+@pytest.mark.slow
 def test_weights_of_the_encoder_are_known_by_content(folder):
     """A run goes on, and a decoder fits, with another spelling or a copy; not with others of that name."""
     torch.manual_seed(0)
@@ -351,7 +346,8 @@ def test_weights_of_the_encoder_are_known_by_content(folder):
         if place == "here":
             save_file(vit.state_dict(), "copy.safetensors")
     encoder = Encoder("test_vit", 64, 32, "here/vit.pt")
-    write_decoder("decoder.pt", encoder_hash=encoder.hash, encoder_size=64, latent_shape=[64, 4, 4])
+    decoder = {"data": "data/demo", "preset": "demo", "encoder_weights": "here/vit.pt", "patch_size": 8}
+    write_decoder("decoder.pt", decoder, encoder_hash=encoder.hash, encoder_size=64, latent_shape=[64, 4, 4])
 
     flags = ["--preview-every", 0, "--decoder", "decoder.pt", "--encoder-weights"]
     train("run", "--steps", 1, *flags, "here/vit.pt")
@@ -362,135 +358,122 @@ def test_weights_of_the_encoder_are_known_by_content(folder):
     assert same_training("run", "whole")
 
     line = message(train, "other", *flags, "there/vit.pt")
-    assert f"--decoder decoder.pt has {encoder.hash}: they are no pair" in line
+    assert f"--decoder decoder.pt has {encoder.hash}: they don't belong together" in line
     line = message(train, "run", "--encoder-weights", "there/vit.pt")
-    assert line.startswith(f"runs/run/last.pt has encoder_hash {encoder.hash}, this run ")
+    assert line.startswith("this run has encoder_hash ") and f"runs/run/last.pt has {encoder.hash}" in line
 
 
-def test_numbered_copies_are_links_that_stay(folder):
-    """No second write of a checkpoint; a later last.pt, or the same number again, leaves the others alone."""
-    last = Path("runs/run/last.pt")
-    numbered = [Path(f"runs/run/{step:07d}.pt") for step in (2, 4)]
-    train("run", "--steps", 2, "--keep-every", 2)
-    assert numbered[0].samefile(last)
-    train("run", "--steps", 4, "--keep-every", 2)
-    assert numbered[1].samefile(last) and not numbered[0].samefile(last)
-    assert [read(path)["step"] for path in numbered] == [2, 4]
-
-    second = read(numbered[1])
-    train("run", "--resume", numbered[0], "--steps", 4, "--keep-every", 2)
-    assert numbered[1].samefile(last)
-    assert read(numbered[0])["step"] == 2 and equal(second["model"], read(last)["model"])
+# What a run takes from the decoder's checkpoint
 
 
-def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(folder):
-    os.makedirs("runs/[run]")
-    Path("runs/[run]/last.pt.123.tmp").touch()
-    Path("runs/[run]/notes.tmp").touch()
-    train("[run]", "--steps", 1)
-    assert {path.name for path in Path("runs/[run]").iterdir()} >= {"notes.tmp", "last.pt"}
-    assert not Path("runs/[run]/last.pt.123.tmp").exists()
+KNOWN = {  # flags of a stage 1, all other than their defaults
+    "data": "my photos",
+    "preset": "small",
+    "skip_broken": True,
+    "flip": False,
+    "image_size": 24,
+    "patch_size": 6,
+    "encoder_weights": "vit.safetensors",
+    "encoder_size": 32,
+    "layers": [1, 3],
+}
 
 
-# What can go wrong
+@pytest.fixture
+def stage_1(tmp_path, monkeypatch):
+    """runs/decoder/last.pt and decoder.pt are decoders of KNOWN."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/decoder")
+    os.mkdir("my photos")
+    config = {"encoder": "test_vit.r160_in1k", "encoder_size": 32, "layers": [1, 3], "image_size": 24}
+    write_decoder("decoder.pt", KNOWN, **config)
+    write_decoder("runs/decoder/last.pt", KNOWN, **config)
 
 
-def test_files_that_are_no_checkpoint(folder):
-    train("run", "--steps", 4)
-    last = Path("runs/run/last.pt")
-    whole = last.read_bytes()
-    last.write_bytes(whole[: len(whole) // 2])
-    assert "last.pt: not a file of weights" in message(train, "run")
-    for other in ({"format": "rae-decoder/1"}, {"format": "rae-flow/1", "step": 4}):
-        torch.save(other, last)
-        assert "last.pt: not a whole rae-flow/1 checkpoint" in message(train, "run")
-    last.write_bytes(whole)
-    assert "has sizes" in message(train, "run", "--depth", 2)
-    train("run")
-    assert read(last)["step"] == 6
+def flags_of(*flags):
+    args = flow_train.parse_args(list(flags))
+    return {name: getattr(args, name) for name in KNOWN}
 
 
-def test_a_system_without_locks_runs_and_says_so(folder, monkeypatch, capsys):
-    find_spec = flow_train.importlib.util.find_spec
-    missing = lambda name: None if name == "fcntl" else find_spec(name)  # noqa: E731
-    monkeypatch.setattr(flow_train.importlib.util, "find_spec", missing)
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # to import it would be an error
-    train("run", "--steps", 1)
-    assert "runs/run can't be locked on this system" in capsys.readouterr().err
-    assert read("runs/run/last.pt")["step"] == 1
+def test_a_run_takes_from_the_decoder_what_its_flags_dont_say(stage_1):
+    assert flags_of() == KNOWN and flow_train.parse_args([]).decoder == "runs/decoder/last.pt"
+    os.remove("runs/decoder/last.pt")
+    assert flags_of("--decoder", "decoder.pt") == KNOWN
+    args = flow_train.parse_args(["--decoder", "decoder.pt"])
+    assert args.encoder == "test_vit.r160_in1k" and args.model == "DiT-DH-XS"  # of the preset small
+    assert flags_of()["data"] == "data/demo"  # without any decoder it is the demo
 
 
-# Flags
+@pytest.mark.parametrize("decoder", [[], ["--decoder", "decoder.pt"]])
+def test_a_flag_wins_over_the_decoder(stage_1, decoder):
+    flags = [*decoder, "--flip", "--encoder-weights", "copy.pt", "--seed", "5"]
+    given = {"flip": True, "encoder_weights": "copy.pt"}
+    assert flags_of(*flags) == KNOWN | given
+    same = flags_of(*decoder, "--data", "./my photos/../my photos")  # the same folder in other words
+    assert same == KNOWN | {"data": "./my photos/../my photos"}
 
 
-def test_the_sizes_of_a_preset_are_of_its_own_network():
-    """--model names another one, with its own sizes; those of the demo never leak into one's own data."""
-    cases = [
-        ([], (128, 4)),
-        (["--data", "x"], (384, 4)),
-        (["--data", "x", "--model", "DiT-DH-S"], (None, None)),
-        (["--data", "x", "--model", "DiT-S", "--width", "64"], (64, None)),
-        (["--model", "DiT-S"], (None, None)),
-        (["--preset", "imagenet256", "--data", "x"], (None, None)),
-        (["--data", "x", "--width", "64"], (64, 4)),
-    ]
-    for flags, sizes in cases:
+def test_other_images_than_the_decoders(stage_1):
+    """The decoder that is named is taken; the one in the default place is of another training."""
+    other = {"data": "cats"}
+    assert flags_of("--data", "cats", "--decoder", "decoder.pt") == KNOWN | other
+    for flags in (["--data", "cats"], ["--preset", "imagenet256", "--data", "my photos"], ["--decoder="]):
         args = flow_train.parse_args(flags)
-        assert (args.width, args.depth) == sizes, flags
+        assert not args.decoder and args.encoder in ("dinov2-small", "dinov2-base", "test_vit")
+        assert args.patch_size != 6 and args.layers != [1, 3] and not args.skip_broken
 
 
-def test_a_network_is_stored_under_the_papers_name():
-    """A run goes on whatever the case in which its network is named; an unknown name is found at once."""
-    for name in ("DiT-DH-S", "dit-dh-s", "DIT-DH-S"):
-        assert flow_train.parse_args(["--model", name]).model == "DiT-DH-S"
-    assert flow_train.parse_args(["--model", "dit-xl"]).model == "DiT-XL"
-    line = message(flow_train.parse_args, ["--model", "DiT-DH-M"])
-    assert "--model: invalid choice: 'DiT-DH-M' (choose from" in line
+@pytest.mark.parametrize(
+    ("flags", "ours", "theirs"),
+    [
+        ("--encoder dinov2-small", "vit_small_patch14_reg4_dinov2.lvd142m", "test_vit.r160_in1k"),
+        ("--encoder-size 48", "encoder_size 48", "32"),
+        ("--image-size 32", "image_size 32", "24"),
+        ("--patch-size 8", "patch_size 8", "6"),
+        ("--layers 0,1", "layers [0, 1]", "[1, 3]"),
+    ],
+)
+def test_a_flag_that_contradicts_the_decoder_is_refused_with_both_values(
+    stage_1, monkeypatch, flags, ours, theirs
+):
+    rae_encoder.draw_demo("my images", num=4)
+    known = {**KNOWN, "data": "my images", "encoder_weights": "random"}
+    config = {"encoder": "test_vit.r160_in1k", "encoder_hash": Encoder("test_vit", weights="random").hash}
+    config |= {"encoder_size": 32, "layers": [1, 3], "image_size": 24}
+    write_decoder("decoder.pt", known, **config)
+    short = "--decoder decoder.pt --batch-size 4 --model DiT-mini --steps 2 --workers 0"
+    line = message(flow_train.main, [*short.split(), *flags.split()])
+    assert ours in line and theirs in line and "--decoder decoder.pt has" in line
 
 
-@pytest.mark.parametrize(("num_classes", "classes"), [(3, "0,1,2"), (1000, "0,1,2,3,4,5,6,7,8,9")])
-def test_a_preview_has_four_images_of_each_class(tmp_path, monkeypatch, num_classes, classes):
+def test_a_decoders_folder_that_has_moved_is_one_line(stage_1):
+    os.rmdir("my photos")
+    line = message(flow_train.main, [])
+    assert line == "--data my photos: No such file or directory; expected a folder of images"
+
+
+def test_a_bare_decoder_decides_no_flags(stage_1):
+    torch.save(read("decoder.pt")["ema"], "bare.pt")
+    args = flow_train.parse_args(["--decoder", "bare.pt", "--data", "x"])
+    assert (args.decoder, args.encoder, args.patch_size) == ("bare.pt", "dinov2-small", 8)
+
+
+# Previews
+
+
+@pytest.mark.parametrize(("num_classes", "num"), [(3, 12), (1000, 40)])
+def test_a_preview_has_four_images_of_each_class(tmp_path, monkeypatch, num_classes, num):
     """Of up to ten classes; a preview of the same step, of before a run went back, gives way."""
-    left = tmp_path / "preview-0000004"
-    left.mkdir()
+    before = tmp_path / "preview-0000004"
+    before.mkdir()
 
     def run(command, **_):
-        assert not left.exists()
+        assert not before.exists()
         args = sample.parse_args(command[2:])
-        assert (args.classes, args.num) == (classes, 4 * len(classes.split(",")))
-        assert (args.flow, args.decoder, args.out) == ("last.pt", "decoder.pt", str(left))
+        assert (args.num, args.flow, args.decoder) == (num, f"{tmp_path}/last.pt", "decoder.pt")
+        assert args.out == str(before) and args.device == "cpu"
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(flow_train.subprocess, "run", run)
     cpu = torch.device("cpu")
-    flow_train.save_preview(tmp_path, 4, [None, None], "last.pt", "decoder.pt", num_classes, cpu)
-
-
-def test_own_data_has_nothing_of_the_demo():
-    args = flow_train.parse_args(["--data", "x"])
-    assert (args.preset, args.encoder, args.encoder_weights) == ("small", "dinov2-small", None)
-    assert (args.image_size, args.encoder_size, args.decoder, args.cache_latents) == (64, 112, None, None)
-
-    # Its layers are of any encoder, as raev2's, and give way to the last alone.
-    assert args.layers == list(range(1, 12))
-    assert flow_train.parse_args(["--data", "x", "--layers", "last"]).layers is None
-    for preset, layers in (("small", list(range(1, 12))), ("raev2", [11, 13, 15, 17, 19, 21, 23])):
-        flags = ["--preset", preset, "--data", "x", "--encoder", "dinov2-large"]
-        assert flow_train.parse_args(flags).layers == layers
-
-
-def test_epochs_take_the_place_of_the_steps_of_a_preset():
-    for flags, length in (
-        ([], (26, None)),
-        (["--steps", "5"], (26, 5)),  # steps count
-        (["--data", "x"], (None, 2000)),
-        (["--data", "x", "--epochs", "3"], (3, None)),
-        (["--data", "x", "--steps", "5"], (None, 5)),
-    ):
-        args = flow_train.parse_args(flags)
-        assert (args.epochs, args.steps) == length, flags
-
-
-def test_compile_is_on_off_or_up_to_the_device():
-    for flags, value in ((["--compile"], True), (["--no-compile"], False), ([], None)):
-        assert flow_train.parse_args(flags).compile is value
+    flow_train.save_preview(tmp_path, 4, [None, None], "decoder.pt", num_classes, cpu)
