@@ -230,6 +230,7 @@ def open_sampling(args, device, precision):
         z = sample_latents(velocity, noise, grid, args.solver)  # (B,C,G,G)
         return decoder(z * std + mean)  # (B,3,S,S)
 
+    # The last three keys are for fid.py, all others decide the pixels.
     settings = {
         "flow": weights_hash({**model.state_dict(), "mean": mean, "std": std}),
         "decoder": known["decoder_hash"],
@@ -266,6 +267,7 @@ def open_flow(args, path, flag, device):
         **file.get("args", {}),
         **file.get("config", {}),
     }
+    # Training stores the statistics beside the config.
     if "mean" in file:
         config["statistics"] = (file["mean"], file["var"])
     return model, config
@@ -336,6 +338,7 @@ def class_numbers(text, names, num_classes):
         names = [text.split(", ")[0] for text in ImageNetInfo().label_descriptions()]
     numbers = []
     for word in text.split(","):
+        # Names go before numbers, since folders may have digits for names.
         same = [i for i, name in enumerate(names) if name == word]
         same = same or [i for i in range(num_classes) if str(i) == word]
         if len(same) != 1:
@@ -371,8 +374,8 @@ def main(argv=None):
         write_file(f"{args.out}/settings.json", lambda file: file.write(json.dumps(source.settings).encode()))
         demo = "The demo: its numbers compare with nothing. " if source.settings["demo"] else ""
         print(
-            f"{demo}{source.summary} -> {source.num} images in {args.out}, {source.num - len(missing)} of them "
-            f"already there; {world} x {device.type}, {precision} ({why})",
+            f"{demo}{source.summary} -> {source.num} images in {args.out}, "
+            f"{source.num - len(missing)} of them made before; {world} x {device.type}, {precision} ({why})",
             file=sys.stderr,
         )
 
@@ -623,6 +626,7 @@ def make_images(made, batches, files, progress):
 
 def write_sheet(path, files, classes):
     """Write the first images on one sheet of up to ten full rows, where possible each column of one class."""
+    # A multiple of the number of classes gives each column one class.
     columns = min(10 // classes * classes or 10, len(files))
     rows = min(10, len(files) // columns)
     images = [pil_to_tensor(Image.open(file)) for file in files[: rows * columns]]  # each (3,S,S)
