@@ -522,7 +522,11 @@ def decoder_flags(explicit):
         check_same(encoder, "this run", {"encoder": known["encoder"]}, f"--decoder {path}")
     names = ("data", "preset", "skip_broken", "flip", "image_size", "patch_size")
     encoder_names = ("encoder", "encoder_weights", "encoder_size", "layers")
-    return {"decoder": path, **{name: known[name] for name in (*names, *encoder_names)}}
+    flags = {"decoder": path, **{name: known[name] for name in (*names, *encoder_names)}}
+    # The size that the encoder sees follows from these two where they are given.
+    if {"image_size", "patch_size"} & explicit.keys():
+        del flags["encoder_size"]
+    return flags
 
 
 # ---- The plumbing of a training: the same words in rae_decoder_train.py and flow_train.py ----
