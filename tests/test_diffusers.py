@@ -226,6 +226,7 @@ def errors(model, decoder, statistics, grid=16):
     return (theirs - raw).abs().max().item(), (theirs - normalised).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_statistics", [False, True])
 def test_what_diffusers_writes_gives_its_images(tmp_path, with_statistics):
     statistics = make_statistics((384, 16, 16)) if with_statistics else None
@@ -240,6 +241,7 @@ def test_what_diffusers_writes_gives_its_images(tmp_path, with_statistics):
     assert normalised < 1e-5
 
 
+@pytest.mark.slow
 def test_at_32_tokens_a_side_diffusers_halves_the_positions(tmp_path):
     model = random_autoencoder(32)
     model.save_pretrained(tmp_path / "rae")
@@ -253,6 +255,7 @@ def test_at_32_tokens_a_side_diffusers_halves_the_positions(tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_readmes_lines_write_what_diffusers_reads(tmp_path, monkeypatch):
     blocks = re.findall("```python\n(.*?)```", README, re.DOTALL)
     (lines,) = [block for block in blocks if "AutoencoderRAE" in block]

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shlex
-import time
 import types
 from pathlib import Path
 from urllib.error import URLError
@@ -696,6 +695,7 @@ def test_the_decoders_step_leaves_nothing_in_that_of_the_discriminator():
         state = copy.deepcopy(disc.state_dict())
         if before:
             step(decoder, images, z, disc=disc)
+            assert all(weight.grad is None for weight in disc.parameters())
         assert equal(state, disc.state_dict())
         torch.manual_seed(3)
         rae_decoder_train.disc_step(disc, sgd(disc), images, z, decoder, 1, "fp32")
@@ -880,7 +880,7 @@ def test_an_exact_reconstruction_has_a_psnr_of_100_db(folder, monkeypatch):
 
     def white(self, z):
         zero = sum(0 * weight.sum() for weight in self.parameters())  # so that each has a gradient
-        return zero + torch.ones(len(z), 3, 32, 32)
+        return zero + torch.full((len(z), 3, 32, 32), 0.999)  # level 254.7, which a file rounds to 255
 
     monkeypatch.setattr(Decoder, "forward", white)
     run("--steps", 1, "--eval-data", "flat")
@@ -947,7 +947,6 @@ def test_schedules_at_exact_steps(folder, tiny_dino, monkeypatch, capsys):
         ("--preset imagenet256 --steps 250", 25, 0.96),
         ("--preset imagenet256 --steps 7", 0, 0),
         ("--preset imagenet256 --steps 250 --warmup-epochs 0.5 --ema 0.999", 50, 0.999),
-        ("--preset imagenet256 --steps 250 --warmup-epochs 1 --ema 0.9978", 100, 0.9978),
         # small warms up for a twentieth of the run.
         ("--preset small --batch-size 512", 40, 0.9875),
         ("--preset small --batch-size 512 --steps 40", 2, 0.75),
@@ -998,15 +997,20 @@ def test_a_run_with_the_discriminator_goes_on_from_any_checkpoint(folder, tiny_d
     assert not list(Path("runs/decoder").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("part", ["evaluate", "save_preview"])
-def test_what_follows_a_step_finds_it_saved(folder, monkeypatch, part):
+@pytest.mark.parametrize(
+    ("part", "every"),
+    [
+        ("evaluate", ["--save-every", 6, "--eval-every", 2]),
+        ("save_preview", ["--save-every", 2, "--preview-every", 2]),
+    ],
+)
+def test_what_follows_a_step_finds_it_saved(folder, monkeypatch, part, every):
     """Memory can end there, or a time limit: the next run goes on behind that step."""
 
     def die(*_):
         raise MemoryError
 
     monkeypatch.setattr(rae_decoder_train, part, die)
-    every = ["--save-every", 2, "--eval-every", 2, "--preview-every", 2]
     with pytest.raises(MemoryError):
         run("--steps", 6, *every, "--eval-data", "data/demo")
     assert read("runs/decoder/last.pt")["step"] == 2
@@ -1029,10 +1033,7 @@ def test_losses_and_previews_are_in_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run("--steps", 2, "--log-every", 1, "--preview-every", 1, "--out", "runs/board")
-    events = EventAccumulator("runs/board")
-    # TensorBoard's writer is a thread.
-    while 2 not in [event.step for event in events.Reload().Images("preview")]:
-        time.sleep(0.1)
+    events = EventAccumulator("runs/board").Reload()
     losses = {record["step"]: record["loss"] for record in log("runs/board")}
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
     assert [event.step for event in events.Images("preview")] == [1, 2]
@@ -1259,23 +1260,25 @@ def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, ti
     assert lines[2].startswith("step 5: the decoder's update was skipped, not finite: l1 nan, gan ")
 
 
+@pytest.mark.slow
 def test_ten_steps_of_the_discriminator_in_a_row_end_the_run(folder, tiny_dino, poisoned):
-    poisoned("disc_step", {*range(1, 10), *range(11, 100)})
+    poisoned("disc_step", range(3, 100))
     flags = [*ADVERSARIES, "--steps", 30, "--save-every", 9, "--keep-every", 9]
     line = message(run, *flags)
-    problem = "step 20: 10 updates of the discriminator in a row not finite"
+    problem = "step 12: 10 updates of the discriminator in a row not finite"
     assert line == f"{problem}; try a lower --lr or --precision fp32"
-    last, before = read("runs/decoder/last.pt"), read("runs/decoder/0000018.pt")
-    assert last["step"] == 20 and all_finite(last)
+    last, before = read("runs/decoder/last.pt"), read("runs/decoder/0000009.pt")
+    assert last["step"] == 12 and all_finite(last)
     assert equal(trained_heads(last), trained_heads(before))
     assert not equal(last["model"], before["model"]) and not equal(last["ema"], before["ema"])
-    assert log()[-1]["skipped"] == 19 and log()[-1]["step"] == 20
+    assert (log()[-1]["step"], log()[-1]["skipped"]) == (12, 10)
 
 
+@pytest.mark.slow
 def test_nine_steps_of_each_network_end_nothing(folder, tiny_dino, poisoned):
     """The discriminator takes no step behind a decoder's that is not finite: its count goes on later."""
     poisoned("decoder_step", range(5, 14))
-    poisoned("disc_step", {1, 2, 3, 4, 5, 6, 7, 8, 9})
+    poisoned("disc_step", range(1, 10))
     run(*ADVERSARIES, "--steps", 20, "--save-every", 20)
     assert log()[-1]["skipped"] == 18
     assert read("runs/decoder/last.pt")["disc_optimizer"]["state"][0]["step"] == 2
