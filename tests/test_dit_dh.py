@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import message
+from safetensors.torch import save_file
 
 import dit_dh
 
@@ -380,16 +381,24 @@ LEVELS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "level"),
-    [("DiT", "bare"), ("DiT-DH of one width", "bare"), *(("DiT-DH", level) for level in LEVELS)],
+    ("family", "level", "sizes"),
+    [
+        ("DiT", "bare", {}),
+        ("DiT-DH", "bare", {"head_width": 32}),  # of one width, the last two blocks are the head
+        ("DiT-DH", "bare", {"head_depth": 3}),
+        *(("DiT-DH", level, {}) for level in [*LEVELS, "safetensors"]),
+    ],
 )
-def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, level):
-    one_width = {"head_width": 32} if "one width" in family else {}
-    model, inputs = small(family.split()[0], **one_width)
+def test_load_rebuilds_a_released_network_from_its_shapes(tmp_path, family, level, sizes):
+    model, inputs = small(family, **sizes)
     state = model.state_dict()
     other = {key: torch.zeros_like(value) for key, value in state.items()}
-    torch.save(LEVELS[level](state, other), tmp_path / "model.pt")
-    loaded = dit_dh.load(tmp_path / "model.pt")
+    path = tmp_path / ("model.safetensors" if level == "safetensors" else "model.pt")
+    if level == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(LEVELS[level](state, other), path)
+    loaded = dit_dh.load(path)
     assert not loaded.training and type(loaded) is type(model)
     assert (loaded.sizes, loaded.latent_shape, loaded.num_classes) == (model.sizes, SHAPE, CLASSES)
     assert (loaded.prediction, loaded.base_depth) == ("v", None)
@@ -510,7 +519,7 @@ def test_names_in_any_case(text, name):
         ("DiT-XXL", {}, "--model DiT-XXL: unknown; choose one of DiT-S, "),
         ("dit-s", {"head_width": 64}, "--model dit-s has neither head nor base; choose a DiT-DH"),
         ("DiT-S", {"base_depth": 2}, "--model DiT-S has neither head nor base; choose a DiT-DH"),
-        ("DiT-S", {"width": 100}, "width 100 with 6 heads: must be a multiple of 24"),
+        ("DiT-S", {"width": 36}, "width 36 with 6 heads: must be a multiple of 24"),
         ("DiT-DH-S", {"head_width": 100}, "width 100 with 16 heads: must be a multiple of 64"),
         ("DiT-DH-mini", {"base_depth": 0}, "--base-depth 0: the body has blocks 1 to 4"),
         ("DiT-DH-mini", {"base_depth": 5}, "--base-depth 5: the body has blocks 1 to 4"),
@@ -550,5 +559,6 @@ def test_load_names_what_does_not_fit(tmp_path):
 
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "empty.pt").touch()
-    for name in ("text.pt", "empty.pt", "absent.pt"):
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    for name in ("text.pt", "empty.pt", "absent.pt", "text.safetensors", "absent.safetensors"):
         assert f"--flow {tmp_path / name}: not a flow checkpoint" in message(dit_dh.load, tmp_path / name)
