@@ -328,7 +328,7 @@ def parse_args(argv=None):
 
     # These flags choose the sets.
     add("samples", nargs="?", default="samples", help="the set to evaluate (%(default)s)")
-    add("--ref", help="the set to compare with, or imagenet256, imagenet512 (what sample.py says in samples)")
+    add("--ref", help="the set to compare with, imagenet256 or imagenet512 (that of samples/settings.json)")
     add("--crop", type=positive_int, help="centre-crop the reference to this size; without one, the samples")
     add("--num", type=positive_int, help="take the first so many samples (all; demo: 200)")
     add("--ref-num", type=positive_int, help="take so many of the reference, evenly spread (all; demo: 200)")
@@ -343,7 +343,7 @@ def parse_args(argv=None):
     )
     add("--inception-weights", default="hub", help="FILE, hub or, for tests, random (%(default)s)")
     add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2")
-    add("--features-weights", default="hub", help="FILE with timm's keys or hub (%(default)s)")
+    add("--features-weights", default="hub", help="timm's FILE, hub:OWNER/REPO/PATH or hub (%(default)s)")
 
     # These flags change no result.
     best = "cuda" if torch.cuda.is_available() else "cpu"

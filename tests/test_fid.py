@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 import timm
 import torch
 import torchvision
@@ -246,21 +247,20 @@ def test_inception_score():
     assert fid.inception_score(ends_in_one_class, torch.eye(4)) == pytest.approx((4 + 1) / 2)
 
 
+def share_inside(points, centres):
+    """Points within the distance of any centre to its third neighbour, by loops."""
+    inside = 0
+    radii = [sorted(np.linalg.norm(np.delete(centres, i, 0) - c, axis=1))[2] for i, c in enumerate(centres)]
+    for p in points:
+        inside += any(np.linalg.norm(p - c) <= radius for c, radius in zip(centres, radii, strict=True))
+    return inside / len(points)
+
+
 @pytest.mark.parametrize("digits", [9, 0])
 def test_precision_recall_by_loops(digits):
     """Whole numbers have points at the very radius, and points that lie on others."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(37, 3)).round(digits), rng.normal(1, 0.8, (29, 3)).round(digits)
-
-    def share_inside(points, centres):
-        inside = 0
-        distances = [
-            sorted(np.linalg.norm(np.delete(centres, i, 0) - c, axis=1)) for i, c in enumerate(centres)
-        ]
-        for p in points:
-            inside += any(np.linalg.norm(p - c) <= d[2] for c, d in zip(centres, distances, strict=True))
-        return inside / len(points)
-
     found = fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b), block=10)
     assert found == pytest.approx((share_inside(a, b), share_inside(b, a)))
     assert 0 < min(found) < max(found) < 1
@@ -404,14 +404,22 @@ def test_crop_is_the_references(place, capsys, tmp_path, colours):
 
 
 def test_main_joins_images_and_formulas(place, capsys, colours):
-    """FID of mean colours, by numpy and scipy."""
-    a, b = (arrays_of(place / name).mean((1, 2)) for name in "ab")
-    expected = distance_by_scipy(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    """Numbers of mean colours, by numpy, scipy and loops."""
+    a, b = (arrays_of(place / name).mean((1, 2)) - 128 for name in "ab")
+    moments = [f(x) for x in (a, b) for f in (lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False))]
+    p = scipy.special.softmax(a @ Colours().fc.weight.numpy().T, 1)
+    divergence = np.mean(np.sum(p * np.log(p / p.mean(0)), 1))
+    expected = {
+        "fid": distance_by_scipy(*moments),
+        "is": np.exp(divergence),
+        "prec": share_inside(a, b),
+        "rec": share_inside(b, a),
+    }
+    assert expected["prec"] != expected["rec"]
     found = run(capsys, place / "a", "--ref", place / "b")
-    assert found["fid"] == pytest.approx(expected, rel=1e-5)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     known = {"samples": str(place / "a"), "num": 12, "ref": str(place / "b"), "ref_num": 10}
-    assert found.items() >= (known | {"by": "adm inception 0"}).items()
-    assert set(found) == {"fid", "is", "prec", "rec", "by", *known}
+    assert found == found | known | {"by": "adm inception 0"} and len(found) == 9
 
 
 # Statistics
