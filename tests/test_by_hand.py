@@ -194,8 +194,10 @@ def center_crop(path, size):
 @pytest.mark.parametrize("variant", ["images", "cache"])
 def test_three_steps_of_stage_2(flat_paths, moved_network, variant, flip):
     """Images: the formula's shift, logit-normal times. Cache: shift 3, uniform times, x, with a base."""
+    # AdamW does not see the scale of gradients, unless they are as small as its eps.
+    clip = 0.001 if variant == "images" else 1.0
     if variant == "images":
-        flags = f"{COMMON} {FLOW} --clip 0.5"
+        flags = f"{COMMON} {FLOW} --clip {clip}"
     else:
         flags = f"{COMMON} {FLOW} --cache-latents --shift 3 --time-dist uniform --prediction x --base-depth 1"
         flags = flags.replace("--ema 0.9", "") + " --log-every 3"
@@ -269,7 +271,6 @@ def test_three_steps_of_stage_2(flat_paths, moved_network, variant, flip):
         # Clipped gradients; the learning rate is held for half a step and reaches its end at 2.5 steps.
         gradients = gradients_of(loss, network)
         norm = norm_of(gradients)
-        clip = 0.5 if variant == "images" else 1.0
         assert norm > 1.2 * clip
         gradients = {name: gradient * clip / norm for name, gradient in gradients.items()}
         lr = (1e-3, 1e-3 - 6e-4 * 0.5 / 2, 1e-3 - 6e-4 * 1.5 / 2)[step]
