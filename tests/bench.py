@@ -1,16 +1,20 @@
 """The speed and the memory of each part, beside what this machine can do at best; no test.
 
-    python tests/bench.py --quick           # about a minute on two cores
+    python tests/bench.py --quick           # a few minutes on two cores
     python tests/bench.py --only dit --json
     python tests/bench.py --only memory     # the README's table of GPU memory; needs no GPU
 
-A row has the fastest of a few calls after a first one, in milliseconds, its floating-point operations a
-second as torch counts them, and two shares. `of limit`: of the rate of a large square matrix product in the
-same precision. `of own`: of the part's time the share in which its own matrix products would be done, each
-shape measured by itself, since shapes of a network are slower than a large square.
+A row has the median of five calls after a first one, in milliseconds, and the spread of the five, from the
+fastest to the slowest, as a share of it: differences below the spread mean nothing. Then come floating-point
+operations a second and two shares. All products are counted, those of attention as plain ones, whichever
+kernel ran. `of limit`: of the rate of a large square matrix product in the same precision, which is measured
+at the start and, since a shared machine drifts, once more at the end. `of own`: of the part's time the share
+in which its own products and convolutions would be done, each shape measured by itself, again and again, with
+its inputs in the cache: that is faster than any network can be, so this share is on the low side.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -26,12 +30,14 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,22 +54,26 @@ import sample  # noqa: E402
 LATENT = (768, 16, 16)  # of DINOv2-B at 256 px
 CLASSES = 1000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ATEN = torch.ops.aten
+PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
+PRODUCTS |= {ATEN.convolution.default, ATEN.convolution_backward.default}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 # Measuring
 
 
-def fastest(run, repeats):
-    """Seconds of the fastest of `repeats` calls."""
-    seconds = math.inf
-    for _ in range(repeats):
+def seconds_of(run):
+    """(median, spread) of the seconds of five calls; the spread is a share of the median."""
+    seconds = []
+    for _ in range(5):
         synchronize()
         start = time.perf_counter()
         run()
         synchronize()
-        seconds = min(seconds, time.perf_counter() - start)
-    return seconds
+        seconds.append(time.perf_counter() - start)
+    middle = median(seconds)
+    return middle, (max(seconds) - min(seconds)) / middle
 
 
 def synchronize():
@@ -72,73 +82,93 @@ def synchronize():
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products by (operation, (shape, strides, dtype) of each tensor)."""
+    """Counts matrix products and convolutions by (operation, arguments without values)."""
 
     def __init__(self):
         super().__init__()
         self.calls = Counter()
+        self.args = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
-            tensors = [(tuple(x.shape), x.stride(), x.dtype) for x in args]
-            self.calls[(operation, *tensors)] += 1
+        if operation in PRODUCTS:
+            described = tree_map_only(torch.Tensor, lambda x: Described(x.shape, x.stride(), x.dtype), args)
+            self.calls[operation, repr(described)] += 1
+            self.args[operation, repr(described)] = described
         return operation(*args, **kwargs or {})
 
-    def seconds(self, repeats):
+    def seconds(self):
         """Of all of them together, each shape measured by itself."""
         total = 0.0
-        for (operation, *tensors), calls in self.calls.items():
-            inputs = []
-            for shape, strides, dtype in tensors:
-                size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-                memory = torch.randn(size, device=DEVICE).to(dtype)
-                inputs.append(memory.as_strided(shape, strides))  # strides of 0 as well, of an expanded bias
-            operation(*inputs)
-            total += calls * fastest(partial(operation, *inputs), repeats)
+        for key, calls in self.calls.items():
+            inputs = tree_map_only(Described, Described.make, self.args[key])
+            run = partial(key[0], *inputs)
+            run()
+            total += calls * seconds_of(run)[0]
         return total
+
+
+class Described:
+    """A tensor without its values."""
+
+    def __init__(self, shape, strides, dtype):
+        self.shape = tuple(shape)
+        self.strides = strides
+        self.dtype = dtype
+
+    def __repr__(self):
+        return f"{self.shape} {self.strides} {self.dtype}"
+
+    def make(self):
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        memory = torch.randn(size, device=DEVICE).to(self.dtype)
+        return memory.as_strided(self.shape, self.strides)  # strides of 0 as well, of an expanded bias
 
 
 class Table:
     """Prints a row at a time; knows the limit of each precision, with which rates are compared."""
 
-    def __init__(self, quick, as_json):
-        self.repeats = 1 if quick else 3
+    def __init__(self, as_json):
         self.as_json = as_json
         self.limit = {}
 
     def head(self):
         if not self.as_json:
-            print(f"{'part':<48}{'ms':>10}{'GFLOP/s':>10}{'of limit':>10}{'of own':>8}{'images/s':>10}")
+            titles = f"{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of limit':>10}{'of own':>8}{'images/s':>10}"
+            print(f"{'part':<48}{titles}")
 
     def add(self, part, run, images=0, precision=None):
         """Times run(), counting its operations where a precision is given; returns the seconds."""
-        with FlopCounterMode(display=False) as counter, Products() as products:
+        # torch counts no operations of the CPU's fused attention; of its plain products it does.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, Products() as products:
             run()
-        seconds = fastest(run, self.repeats)
-        row = {"part": part, "ms": 1e3 * seconds}
+        run()
+        seconds, spread = seconds_of(run)
+        row = {"part": part, "ms": 1e3 * seconds, "spread": spread}
         if precision:
             row["gflops"] = counter.get_total_flops() / seconds / 1e9
             row["of_limit"] = row["gflops"] / self.limit[precision]
-        if precision and products.calls:
-            row["of_own"] = products.seconds(self.repeats) / seconds
+            row["of_own"] = products.seconds() / seconds
         self.show(row, images)
         return seconds
 
     def add_once(self, part, run, images=0):
         """Times one call, the first."""
-        seconds = fastest(run, 1)
-        self.show({"part": part, "ms": 1e3 * seconds}, images)
-        return seconds
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        self.show({"part": part, "ms": 1e3 * (time.perf_counter() - start)}, images)
 
-    def add_limit(self, precision):
-        """The rate of a large square product."""
+    def add_limit(self, precision, when):
+        """The rate of a large square product; rows are compared with the first."""
         size = 8192 if DEVICE.type == "cuda" else 2048
         a = torch.randn(size, size, device=DEVICE).to(DTYPES[precision])
         torch.mm(a, a)
-        seconds = fastest(partial(torch.mm, a, a), 20)
-        self.limit[precision] = 2 * size**3 / seconds / 1e9
-        part = f"matrix product {precision}: the limit"
-        self.show({"part": part, "ms": 1e3 * seconds, "gflops": self.limit[precision]}, 0)
+        seconds, spread = seconds_of(partial(torch.mm, a, a))
+        rate = 2 * size**3 / seconds / 1e9
+        self.limit.setdefault(precision, rate)
+        part = f"matrix product {precision}, {when}: the limit"
+        self.show({"part": part, "ms": 1e3 * seconds, "spread": spread, "gflops": rate}, 0)
 
     def show(self, row, images):
         if images:
@@ -148,6 +178,7 @@ class Table:
             return
         cells = [
             f"{row['part']:<48}{row['ms']:10.1f}",
+            f"{row['spread']:8.0%}" if "spread" in row else " " * 8,
             f"{row['gflops']:10.0f}" if "gflops" in row else " " * 10,
             f"{row['of_limit']:10.2f}" if "of_limit" in row else " " * 10,
             f"{row['of_own']:8.2f}" if "of_own" in row else " " * 8,
@@ -171,11 +202,12 @@ def autocast(precision):
 
 def training_step(model, loss, precision):
     """-> a function that makes one step of AdamW on loss(model)."""
-    optimizer = rae_decoder_train.adamw(model, 1e-4)
+    optimizer = rae_decoder_train.adamw(model)
 
     def step():
-        torch.backends.cuda.enable_flash_sdp(DEVICE.type != "cpu")  # as rae_encoder.set_up
-        with autocast(precision):
+        # On a CPU the trainings switch fused attention off (rae_encoder.set_up).
+        plain = sdpa_kernel(SDPBackend.MATH) if DEVICE.type == "cpu" else contextlib.nullcontext()
+        with plain, autocast(precision):
             value = loss(model)
         optimizer.zero_grad()
         value.backward()
@@ -188,7 +220,6 @@ def forward(run, precision):
     """-> run() without gradients, under autocast."""
 
     def call():
-        torch.backends.cuda.enable_flash_sdp(True)  # as torch starts, and as sample.py runs
         with torch.no_grad(), autocast(precision):
             return run()
 
@@ -222,7 +253,7 @@ def bench_compile(table, quick, precision):
     before = table.add(name, run, 4, precision)
     rae_encoder.compile_blocks(model.blocks, True, DEVICE)
     table.add_once("  compiling it, block by block", run)
-    after = fastest(run, table.repeats)
+    after, _ = seconds_of(run)
     table.note("  times faster", before / after)
 
 
@@ -249,11 +280,12 @@ def bench_sampler(table, quick, precision):
     model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE).eval()
     grid = sample.time_grid(4, 1.0)  # t = 1, 3/4, 1/2, 1/4, 0
     noise, _, y = flow_inputs(2)
-    network = partial(sample.network_velocity, model)
-    guided = partial(sample.guided_velocity, y=y, network=network, interval=(0, 0.6), null=CLASSES)
 
     def latents(scale):
-        return sample.sample_latents(partial(guided, scale=scale), noise, grid)
+        def velocity(x, t):
+            return sample.guided_velocity(model, x, t, y, scale=scale, interval=(0, 0.6))
+
+        return sample.sample_latents(velocity, noise, grid)
 
     part = f"sampler, 4 steps, unguided, {precision}"
     plain = table.add(part, forward(partial(latents, 1), precision), 2, precision)
@@ -270,8 +302,10 @@ def bench_inception(table, quick, precision):
 
 
 def bench_frechet(table, quick, precision):
-    one, two = (fid.moments(torch.randn(3000, 2048) @ torch.randn(2048, 2048)) for _ in range(2))
-    seconds = table.add("Frechet distance, 2048 dimensions", partial(fid.frechet_distance, *one, *two))
+    size = 512 if quick else 2048
+    one, two = (fid.moments(torch.randn(3000, size) @ torch.randn(size, size)) for _ in range(2))
+    part = f"Frechet distance, {size} dimensions"
+    seconds = table.add(part, partial(fid.frechet_distance, *one, *two))
     if quick:
         return
     start = time.perf_counter()
@@ -375,7 +409,7 @@ def flow_step(name, batch, size, recompute, precision, place):
     latent = (encoder.width, encoder.grid, encoder.grid)
     network = place(partial(dit_dh.build, name, latent, CLASSES)).train()
     network.checkpoint_activations = recompute
-    optimizer = flow_train.adamw(network, 1e-4)
+    optimizer = flow_train.adamw(network)
     settings = {"time_dist": "logit-normal", "shift": 7.0, "clip": 1.0, "accum": 1, "precision": precision}
 
     def step():
@@ -393,8 +427,8 @@ def decoder_step(name, batch, size, recompute, precision, place):
     decoder.checkpoint_activations = recompute
     perceptual = place(partial(rae_decoder_train.perceptual_loss, "random"))
     disc = place(partial(rae_decoder_train.Discriminator, "random")).eval()
-    optimizer = rae_decoder_train.adamw(decoder, 1e-4)
-    disc_optimizer = rae_decoder_train.adamw(disc.heads, 1e-4)
+    optimizer = rae_decoder_train.adamw(decoder)
+    disc_optimizer = rae_decoder_train.adamw(disc.heads)
     settings = {"noise_tau": 0.8, "lpips_weight": 1.0, "gan_weight": 0.75, "accum": 1, "precision": precision}
 
     def step():
@@ -591,7 +625,7 @@ def main(argv=None):
     benches = {name[6:]: run for name, run in globals().items() if name.startswith("bench_")}
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--quick", action="store_true", help="smaller batches, one call each")
+    parser.add_argument("--quick", action="store_true", help="smaller batches")
     parser.add_argument("--json", action="store_true", help="a JSON line for each row")
     parser.add_argument("--only", choices=benches, help="one part")
     parser.add_argument("--precision", choices=DTYPES, help="default: what the scripts would choose")
@@ -608,13 +642,17 @@ def main(argv=None):
     threads = f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {DEVICE.type}, {threads}; {precision}: {why}", file=sys.stderr)
     torch.manual_seed(0)
-    table = Table(args.quick, args.json)
-    if args.only not in by_name - {"compile"}:
+    table = Table(args.json)
+    limited = args.only not in by_name - {"compile"}
+    if limited:
         table.head()
         for each in DTYPES:
-            table.add_limit(each)
+            table.add_limit(each, "at the start")
     for name in chosen:
         benches[name](table, args.quick, precision)
+    if limited:
+        for each in DTYPES:
+            table.add_limit(each, "at the end")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a GPU asks of the code, as far as it shows without one."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import bench
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import message
+from helpers import message
 
 import flow_train
 import rae_decoder_train
@@ -66,16 +67,10 @@ def test_statistics_are_exact(released_tf32):
     assert tf32() == ("high", True)
 
 
-def test_a_cpu_keeps_full_precision():
-    """Some CPUs have TF32, too, but nothing was measured there."""
-    rae_encoder.join_ranks("cpu")
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
 # Compiling
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_limit():
     """compile_blocks sets a limit of torch's; each test begins with torch's own."""
     torch._dynamo.reset()
@@ -95,7 +90,8 @@ class Blocks(list):
         self.compiled += 1
 
 
-def test_compiling_is_for_cuda_unless_asked(monkeypatch):
+@pytest.mark.slow
+def test_compiling_is_for_cuda_unless_asked(own_limit, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)  # a machine with a C compiler
     for asked, device, expected in (
         (None, "cuda", 2),
@@ -109,7 +105,8 @@ def test_compiling_is_for_cuda_unless_asked(monkeypatch):
         assert blocks.compiled == expected, (asked, device)
 
 
-def test_without_a_compiler_one_line_says_what_to_do(monkeypatch):
+@pytest.mark.slow
+def test_without_a_compiler_one_line_says_what_to_do(own_limit, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     blocks = Blocks()
     assert "--no-compile" in message(compile_blocks, blocks, None, torch.device("cuda"))
@@ -136,7 +133,8 @@ class Scaled(torch.nn.Module):
         return x * self.factor
 
 
-def test_past_eight_versions_blocks_are_still_compiled(monkeypatch):
+@pytest.mark.slow
+def test_past_eight_versions_blocks_are_still_compiled(own_limit, monkeypatch):
     """torch's own limit is eight; past it a block runs eager without a word."""
     monkeypatch.setattr(shutil, "which", lambda name: name)  # nothing here needs a real C compiler
     x = torch.ones(2)
@@ -160,9 +158,13 @@ def test_past_eight_versions_blocks_are_still_compiled(monkeypatch):
 
 
 def test_ddp_is_silent(monkeypatch, tmp_path, recwarn):
-    """torch 2.14 warns of the old name of a flag; older versions don't know the new one."""
+    """torch 2.14 warns of the old name of a flag; older versions, for which this can't fail, don't know the
+    new one.
+    """
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
     started = []
 
     def start(**options):
@@ -175,7 +177,7 @@ def test_ddp_is_silent(monkeypatch, tmp_path, recwarn):
     rae_encoder.join_ranks("cpu")
     assert started == [3600]
     try:
-        flow_train.parallel(torch.nn.Linear(2, 2), [], None, torch.device("cpu"))
+        rae_encoder.parallel(torch.nn.Linear(2, 2), [], None, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
     assert not [str(warning.message) for warning in recwarn if "buffers" in str(warning.message)]
@@ -185,9 +187,8 @@ def test_ddp_is_silent(monkeypatch, tmp_path, recwarn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["imagenet256", "imagenet512"])
 @pytest.mark.parametrize("script", [flow_train, rae_decoder_train])
-def test_presets_fit_eight_gpus_of_80_gb(script, preset):
+def test_presets_fit_eight_gpus_of_80_gb(script, preset="imagenet256"):
     """In fp32, which takes more than bf16, with the GAN, EMA and DDP's buckets: as bench.py counts it."""
     args = script.parse_args(["--preset", preset, "--data", "x"])
     build = bench.flow_step if script is flow_train else bench.decoder_step
@@ -217,3 +218,41 @@ def test_the_count_of_memory_is_that_of_a_step_known_by_hand():
     assert memory.live == 512
     del y
     assert memory.live == 0
+
+
+# Speed
+
+
+@pytest.mark.slow
+def test_bench_runs(capsys):
+    """A row of a distance that is known elsewhere, between the limits of the machine."""
+    bench.main(["--quick", "--json", "--only", "frechet"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    limits = [
+        f"matrix product {name}, at the {when}: the limit"
+        for when in ("start", "end")
+        for name in bench.DTYPES
+    ]
+    assert [row["part"] for row in rows] == [*limits[:2], "Frechet distance, 512 dimensions", *limits[2:]]
+    assert all(row["ms"] > 0 and row["spread"] >= 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_rows_of_bench_count_attention_alike():
+    """A block's products: four of its width, two of attention, two of its MLP; backward takes twice that."""
+    batch, tokens, width = 2, 5, 8
+    block = torch.nn.TransformerEncoderLayer(width, 2, 16, dropout=0, batch_first=True)
+    x = torch.randn(batch, tokens, width, requires_grad=True)
+    table = bench.Table(as_json=True)
+    table.limit = {"fp32": 1.0}
+    flops = 2 * batch * tokens * (4 * width**2 + 2 * tokens * width + 2 * 16 * width)
+    for run, times in (
+        (bench.forward(lambda: block(x), "fp32"), 1),
+        (bench.training_step(block, lambda model: model(x).square().mean(), "fp32"), 3),
+    ):
+        rows = []
+        table.show = lambda row, images, rows=rows: rows.append(row)
+        table.add("block", run, precision="fp32")
+        (row,) = rows
+        assert row["gflops"] * row["ms"] * 1e6 == pytest.approx(times * flops)
+        assert row["of_own"] > 0
