@@ -457,7 +457,7 @@ def from_shapes(state):
         heads = width // state["feat_rope.freqs_cos"].shape[1]
         return build("DiT-S", latent_shape, num_classes, width=width, depth=len(widths), heads=heads)
 
-    # Where body and head have one width, shapes don't tell them apart; released heads have two blocks.
+    # Shapes don't tell body and head of one width apart; released heads have two blocks.
     head_depth = 2 if head_width == width else widths.count(head_width)
     depth = len(widths) - head_depth
     return build(
