@@ -96,7 +96,7 @@ def server():
 
 
 def use_endpoint(monkeypatch, port):
-    """What HF_ENDPOINT does before huggingface_hub is imported; this process has it imported."""
+    """HF_ENDPOINT counts when huggingface_hub is imported, which this process has done."""
     endpoint = f"http://127.0.0.1:{port}"
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
@@ -381,7 +381,7 @@ def test_a_flows_statistics_go_over_its_decoders(hub, released, monkeypatch, in_
 
 @pytest.mark.slow
 def test_one_command_and_then_without_network(hub, released, tmp_path, monkeypatch):
-    """As a user has it: HF_ENDPOINT and HF_HOME are of the environment, the cache is the hub's own."""
+    """The environment alone names the server and the cache, as a user's does."""
     command = f"{ROOT / 'sample.py'} --preset imagenet256 --autoguide {FAST}".split()
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",

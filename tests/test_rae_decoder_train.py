@@ -1028,7 +1028,7 @@ def test_a_preview_begins_with_whole_images(folder):
 
 
 def test_losses_and_previews_are_in_tensorboard(folder):
-    """Where that package is installed."""
+    """The package is no requirement."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -1231,7 +1231,7 @@ ADVERSARIES = "--gan-weight 0.75 --disc-weights random --disc-start 0 --gan-star
 
 
 def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, tiny_dino, poisoned, capsys):
-    """Its decoder has moved, and so has the EMA; a step of the decoder that is not finite moves nothing."""
+    """Decoder and EMA have moved by then. A decoder's step that is not finite moves nothing."""
     poisoned("disc_step", {2, 3})
     poisoned("decoder_step", {5})
     run(*ADVERSARIES, "--steps", 6, "--keep-every", 1, "--log-every", 1, "--ema", 0.75)

@@ -87,7 +87,7 @@ def test_loss_of_x_prediction_is_the_scaled_error_of_x():
     expected = np.mean(((guess - x).double().numpy() / scale) ** 2)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert flow_train.flow_loss(network(x), x, y, t, eps, prediction="x").item() == 0
-    # From t = 0.05 on the target is the velocity eps - x.
+    # The target is the velocity eps - x from t = 0.05 on.
     late = t >= 0.05
     v = flow_train.flow_loss(network(guess[late]), x[late], y[late], t[late], eps[late])
     same = flow_train.flow_loss(network(guess[late]), x[late], y[late], t[late], eps[late], prediction="x")
@@ -183,7 +183,7 @@ def test_stage_2_learns_the_layers_of_its_decoder(trained):
 
 
 def test_samples_of_an_x_network_with_internal_guidance(trained, tmp_path):
-    """From the flow's checkpoint alone: its decoder puts out [0,1] itself."""
+    """The flow's checkpoint names its decoder, which puts out [0,1] itself."""
     flags = "--steps 3 --shift 2 --internal-guidance 1.78 --guidance-interval 0.6 1 --cfg 1 --precision fp32"
     sample.main(f"-n 2 {flags} --device cpu --out {tmp_path}/s".split())
     flow, decoder_file = read("runs/flow/last.pt"), read("runs/decoder/last.pt")
