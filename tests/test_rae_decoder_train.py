@@ -1230,6 +1230,7 @@ def trained_heads(checkpoint):
 ADVERSARIES = "--gan-weight 0.75 --disc-weights random --disc-start 0 --gan-start 0".split()  # noqa: SIM905
 
 
+@pytest.mark.slow
 def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, tiny_dino, poisoned, capsys):
     """Decoder and EMA have moved by then. A decoder's step that is not finite moves nothing."""
     poisoned("disc_step", {2, 3})
