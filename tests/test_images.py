@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -81,7 +82,7 @@ RGB = {
     "partly clear": (with_alpha(GREY), over_white(GREY)),
     "one pixel": (with_alpha(np.eye(1, 256).reshape(16, 16)), over_white(np.eye(1, 256).reshape(16, 16))),
     "grey, clear in part": (
-        Image.fromarray(np.dstack([GREY, 255 * (GREY > 9)]).astype(np.uint8), "LA"),
+        Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(255 * (GREY > 9).astype(np.uint8))]),
         np.dstack([np.where(GREY > 9, GREY, 255)] * 3),
     ),
     "palette": (Image.fromarray(GREY).convert("P"), np.dstack([GREY] * 3)),
@@ -94,7 +95,6 @@ RGB = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", RGB)
 def test_every_kind_of_pixels_becomes_rgb(kind):
     image, expected = RGB[kind]
@@ -484,16 +484,17 @@ def test_the_last_image_is_replaced_by_the_first(tmp_path):
 
 
 def test_odd_names_are_read_and_dangling_links_named(tmp_path):
-    for name, size in {"Straße 1.png": (1, 1), "a b.png": (1, 90), "日本.jpg": (50, 40)}.items():
+    sizes = {"Straße 1.png": (1, 1), "a b.png": (1, 90), "日本.jpg": (50, 40)}
+    if sys.platform == "linux":
+        sizes[os.fsdecode(b"\xff.png")] = (9, 9)  # no UTF-8
+    for name, size in sizes.items():
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
-    picture(9, 9).save(os.fsencode(tmp_path) + b"/\xff.png")  # no UTF-8
-    data = ImageData(tmp_path, 16)
-    images = torch.cat([images for images, _ in batches(data, [[(0, i)] for i in range(4)])])
-    colours = images.mean((2, 3)) * 255 - torch.tensor([200, 100, 50])
-    assert sorted((colours.abs().amax(1) < 3).tolist()) == [False, True, True, True]
+    order = [[(0, i)] for i in range(len(sizes))]
+    images = torch.cat([images for images, _ in batches(ImageData(tmp_path, 16), order)])
+    assert (images.mean((2, 3)) * 255 - torch.tensor([200, 100, 50])).abs().max() < 3
     (tmp_path / "zz.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(SystemExit, match="zz.png: not a readable image"):
-        batches(ImageData(tmp_path, 16), [[(0, i) for i in range(5)]])
+        batches(ImageData(tmp_path, 16), [[(0, i) for i in range(len(sizes) + 1)]])
 
 
 def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):

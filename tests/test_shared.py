@@ -118,10 +118,10 @@ def test_every_number_has_bounds_and_every_default_is_in_the_help(monkeypatch, s
     for action in parser._actions:
         flag = action.option_strings[-1] if action.option_strings else action.dest
         assert "_" not in flag and action.help, flag
-        if action.default not in (None, False, True, argparse.SUPPRESS) and action.default != "":
+        switch = action.default is None or isinstance(action.default, bool)
+        if not switch and action.default != argparse.SUPPRESS:
             assert "%(default)s" in action.help, flag
-        if isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
-            assert action.type, flag
+            assert action.type or isinstance(action.default, str), flag
         if action.type is None or action.nargs == 0:
             continue
 
@@ -451,7 +451,9 @@ def test_freed_memory_is_kept_where_it_helps(monkeypatch, system, device, works,
     assert asked == expected
 
 
-@pytest.mark.parametrize("known", [("RANK",), ("RANK", "MASTER_PORT"), ("MASTER_ADDR", "MASTER_PORT"), ()])
+@pytest.mark.parametrize(
+    "known", [("RANK", "MASTER_ADDR"), ("RANK", "MASTER_PORT"), ("MASTER_ADDR", "MASTER_PORT"), ()]
+)
 def test_a_world_without_its_address_ends_in_one_line(monkeypatch, known):
     """Schedulers set some of these for every job."""
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -653,12 +655,23 @@ def test_a_killed_loading_process_ends_in_one_line(pngs, impatient):
         next(batches)
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
-            process.join(10)
-        time.sleep(0.1)  # the step: nothing is raised here
+        time.sleep(0.5)  # the step: nothing is raised here
         line = message(list, batches)
     finally:
         signal.signal(signal.SIGCHLD, handler)
     assert line.startswith("loading images failed (DataLoader ") and line.endswith(ONE_LINE)
+
+
+@pytest.mark.slow
+def test_a_loading_process_goes_on_at_ctrl_c(pngs, quiet):
+    """It reaches all processes of a terminal; the training ends its step and its processes itself."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    data = rae_encoder.ImageData(pngs, 16)
+    batches = rae_encoder.load_images(data, [[(0, i % 8)] for i in range(40)], CPU, workers=1)
+    next(batches)
+    (process,) = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGINT)
+    assert len(list(batches)) == 39
 
 
 def load_stuck(broken):
@@ -714,6 +727,7 @@ def test_loading_processes_ignore_ctrl_c_and_obey_their_parent(monkeypatch, quie
 
 def test_stop_signals_are_noted_for_the_end_of_a_step(monkeypatch, quiet):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(os, "_exit", lambda _code: pytest.fail("it ends at once"))
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
     stops = rae_encoder.catch_signals()
     for number in numbers:
@@ -853,6 +867,7 @@ def test_the_log_is_json_lines_and_tensorboards(tmp_path, monkeypatch):
     rae_encoder.log_picture(log, 5, tmp_path / "none.png")
     rae_encoder.log_picture((None, None), 5, tmp_path / "x.png")
     assert log[1].noted[1:] == [("preview", np.asarray(picture).tolist(), 4, "HWC")]
+    assert log[1].flushed == 2
 
 
 @pytest.mark.parametrize("code", ["value = 1", "raise RuntimeError", "import nosuchmodule", "def"])
@@ -1071,17 +1086,17 @@ def test_the_first_line_names_data_networks_and_size(capsys):
 @pytest.mark.parametrize("sync", [True, False])
 def test_a_written_file_is_whole_or_not_there(tmp_path, monkeypatch, sync):
     path = tmp_path / "x.pt"
-    names = []
+    written = []
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
 
     def write(file):
-        names.append(file.name)
+        written.append((file.name, os.fstat(file.fileno()).st_ino))
         torch.save({"a": torch.ones(1)}, file)
         assert not path.exists()
 
     rae_encoder.write_file(str(path), write, sync)
-    assert names == [f"{path}.{os.getpid()}.tmp"] and read(path)["a"] == 1
+    assert written == [(f"{path}.{os.getpid()}.tmp", path.stat().st_ino)] and read(path)["a"] == 1
     assert list(tmp_path.iterdir()) == [path] and len(synced) == sync
 
 
