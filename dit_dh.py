@@ -10,8 +10,8 @@ draws samples from it. In Python:
     velocity = model(torch.randn(2, 768, 16, 16), torch.rand(2), torch.tensor([207, 1000]))   # 1000: no class
     model = dit_dh.load("runs/flow/last.pt")   # or stage2_model.pt
 
-Letters: B batch, C latent channels, G latent positions a side, N = G * G tokens, W width, h heads, s head
-size, K classes, t in [0, 1] with t = 0 data and t = 1 noise, x latents, v velocity.
+Letters: B batch, C latent channels, G latent positions a side, N = G * G tokens, W width, h heads, d channels
+of a head, K classes, t in [0, 1] with t = 0 data and t = 1 noise, x latents, v velocity, s the body's output.
 """
 
 import math
@@ -56,7 +56,7 @@ def sincos_position(width, grid):
 class RotaryEmbedding(Module):
     """2-D rotary positions: the first half of a head's channels turns with the row, the last with the column.
 
-    Channels (2j, 2j+1) of a half turn together, by the index times 10000^(-4j / s), so the tables (N, s) hold
+    Channels (2j, 2j+1) of a half turn together, by the index times 10000^(-4j / d), so the tables (N, d) hold
     each value twice. They are buffers since the released files hold them.
     """
 
@@ -65,19 +65,19 @@ class RotaryEmbedding(Module):
         if width % (4 * heads):
             raise SystemExit(f"width {width} with {heads} heads: must be a multiple of {4 * heads}")
         head_size = width // heads
-        frequency = 10000.0 ** (-torch.arange(0, head_size, 4) / head_size)  # (s / 4)
+        frequency = 10000.0 ** (-torch.arange(0, head_size, 4) / head_size)  # (d / 4)
         index = torch.arange(grid)
         position = torch.cartesian_prod(index, index)  # (N, 2) row, column
-        angle = (position[:, :, None] * frequency.repeat_interleave(2)).flatten(1)  # (N, s)
+        angle = (position[:, :, None] * frequency.repeat_interleave(2)).flatten(1)  # (N, d)
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
-        """x (B, h, N, s) -> the same, rotated: (a, b) becomes (a cos - b sin, b cos + a sin)."""
-        cos = self.freqs_cos.to(x.dtype)  # (N, s)
-        sin = self.freqs_sin.to(x.dtype)  # (N, s)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (B, h, N, s / 2)
-        turned = torch.stack((-b, a), -1).flatten(-2)  # (B, h, N, s)
+        """x (B, h, N, d) -> the same, rotated: (a, b) becomes (a cos - b sin, b cos + a sin)."""
+        cos = self.freqs_cos.to(x.dtype)  # (N, d)
+        sin = self.freqs_sin.to(x.dtype)  # (N, d)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (B, h, N, d / 2)
+        turned = torch.stack((-b, a), -1).flatten(-2)  # (B, h, N, d)
         # addcmul is x * cos + turned * sin in two passes over memory instead of three.
         return torch.addcmul(x * cos, turned, sin)
 
@@ -152,8 +152,8 @@ class Attention(Module):
         self.proj = Linear(width, width)
 
     def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, s)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, s)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
         x = F.scaled_dot_product_attention(rope(q), rope(k), v)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, W)
 
@@ -269,7 +269,7 @@ class DiT(Module):
 class DiTDH(Module):
     """DiT with a DDT head: a deep body makes s, which conditions a shallow head token by token.
 
-    The head is wider than a token: a narrower network can't fit the noise in it (section 4.1, theorem 1).
+    The head is at least as wide as a token: a narrower network can't fit its noise (section 4.1, theorem 1).
     Attributes are those of DiT. base_depth = D, a block of the body counted from 1, adds the base: a second
     and weaker output, which a final layer makes of the tokens after block D (RAEv2, section 5).
     """

@@ -1,6 +1,7 @@
 """Stage 2 of RAE: train a velocity network by flow matching in the latent space of the frozen encoder.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 4, 5.
+"Released" means the authors' code and files; comments say where these differ from the paper.
 Images are encoded as training goes, or once and for all (--cache-latents). Data, encoder and image size come
 from the decoder's checkpoint, runs/decoder/last.pt or --decoder, where flags don't say otherwise.
 
@@ -35,7 +36,6 @@ from rae_encoder import (
     DEMO,
     RAEV2,
     SMALL,
-    Encoder,
     ImageData,
     check_same,
     encode_views,
@@ -100,7 +100,7 @@ DECODER = "runs/decoder/last.pt"  # where stage 1 leaves its checkpoint by defau
 
 
 def time_shift(t, a):
-    """Shifted time a t / (1 + (a-1) t): the larger the latents, the more noise hides them (section 4.2)."""
+    """Shifted time a t / (1 + (a-1) t): large latents need more noise to be hidden (section 4.2)."""
     return a * t / (1 + (a - 1) * t)
 
 
@@ -179,7 +179,7 @@ class LatentCache:
     seed: that of the data, whose mirroring it repeats. Each rank makes its own copy, in fp32.
     """
 
-    @exact_fp32()  # the data's statistics are taken of them, too
+    @exact_fp32()  # statistics are taken of these latents
     def __init__(self, encoder, data, flip, share, workers, rank):
         self.seed = data.seed
         self.latents = torch.zeros(len(data), 1 + flip, encoder.width, encoder.grid, encoder.grid)
@@ -251,7 +251,7 @@ def open_latents(args, start, encoder, data, rank, world):
     num = max(world, min(args.stats_images, len(data)))
     order = even_order(len(data), num, share, rank, world)
     if args.cache_latents:
-        # Ranks exchange the sums on the device.
+        # latent_statistics adds up on the device, where ranks exchange the sums.
         batches = (source.latents[[i for _, i in keys]].to(device) for keys in order)
     else:
         # No random flip here: encode_views adds the mirror image.
@@ -277,18 +277,19 @@ def main(argv=None):
     log = rae_encoder.open_log(args.out) if rank == 0 else None
     start = rae_encoder.read_start(args, FORMAT)
     encoder, network, ema, config = open_networks(args, data.classes, device)
-    decoder = identify_decoder(args.decoder, config)
+    decoder_id = identify_decoder(args.decoder, config)
     optimizer = adamw(network)
     state = {"model": network, "ema": ema, "optimizer": optimizer}
 
     # The checkpoint of a run that stopped before this one
     first = resume(start, config, state, steps)
     step = first
-    rae_encoder.check_ranks_agree(step=step, images=data.hash(), encoder=encoder.hash, decoder=decoder)
+    rae_encoder.check_ranks_agree(step=step, images=data.hash(), encoder=encoder.hash, decoder=decoder_id)
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
     source, mean, var = open_latents(args, start, encoder, data, rank, world)
     model = rae_encoder.parallel(network, network.blocks, args.compile, device)
-    config["decoder"] = decoder
+    # Added after resume has compared the configs: a run that goes on may have another decoder.
+    config["decoder"] = decoder_id
     checkpoint = {"config": config, "precision": precision, "mean": mean.cpu(), "var": var.cpu()}
 
     # First line of output and progress bar
@@ -321,15 +322,15 @@ def main(argv=None):
             with_base=args.base_depth is not None,
         )
         # A step that is not finite changed nothing, and is not in the means of the log.
+        recent.append(terms if finite else {})
         if finite:
             update_ema(ema, network, rae_encoder.ema_decay(args, steps))
         step += 1
-        recent.append(terms if finite else {})
         count_skipped("network", finite, step, terms, skipped, stops, progress)
 
         if step == steps or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        preview = decoder and args.preview_every and (step == steps or step % args.preview_every == 0)
+        preview = decoder_id and args.preview_every and (step == steps or step % args.preview_every == 0)
         if rank == 0 and (step == steps or preview or step % args.save_every == 0):
             save(args, state, step, checkpoint)
         if rank == 0 and preview:
@@ -348,9 +349,7 @@ def main(argv=None):
 def open_networks(args, classes, device):
     """(encoder, network, EMA, config), as the flags say; config is for sample.py and a run that goes on."""
     torch.manual_seed(args.seed)  # all ranks and runs start alike
-    encoder = Encoder(
-        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
-    )
+    encoder = rae_encoder.open_encoder(args)
     config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip}
     network = dit_dh.build(
         args.model,
@@ -457,10 +456,10 @@ def parse_args(argv=None):
     parser, training = rae_encoder.training_parser(__doc__)
     parser.set_defaults(batch_size=1024, out="runs/flow", preview_every=10_000, ema=0.9995)
     add = training.add_argument
-    hold = "of the first learning rate (%(default)s; small: half the run)"
-    add("--hold-epochs", type=non_negative_float, default=40, help=hold)
-    decay = "when its decay ends (%(default)s; small: with the run)"
-    add("--decay-epochs", type=positive_float, default=800, help=decay)
+    add(
+        "--hold-epochs", type=non_negative_float, default=40, help="at --lr (%(default)s; small: half of all)"
+    )
+    add("--decay-epochs", type=positive_float, default=800, help="end of decay (%(default)s; small: the end)")
     start = "standard deviation of the class embeddings at the start, released (%(default)s; small: 1)"
     add("--label-std", type=positive_float, default=0.02, help=start)
     add("--clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
@@ -477,13 +476,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("network").add_argument
     names = f"{', '.join(dit_dh.NAMES)} (%(default)s)"
     add("--model", type=dit_dh.model_name, metavar="NAME", default="DiT-DH-XL", help=names)
-    outputs = "velocity, or clean latents (RAEv2) (%(default)s)"
-    add("--prediction", choices=["v", "x"], default="v", help=outputs)
+    add("--prediction", choices=["v", "x"], default="v", help="velocity, or clean latents (%(default)s)")
     add(
         "--base-depth", type=positive_int, help="a second output after so many blocks, to guide by (RAEv2: 8)"
     )
-    for size in ("width", "depth", "heads", "head-width", "head-depth", "head-heads"):
-        add(f"--{size}", type=positive_int, help="instead of the model's own (%(default)s)")
+    for size in dit_dh.DIMENSIONS:
+        add(f"--{size.replace('_', '-')}", type=positive_int, help="instead of the model's own (%(default)s)")
 
     add = parser.add_argument_group("latents").add_argument
     add("--stats", metavar="FILE", help="latent statistics, or a flow's checkpoint; default: the data's own")
@@ -493,8 +491,7 @@ def parse_args(argv=None):
         default=50_000,
         help="images for that, drawn evenly (%(default)s)",
     )
-    cache = "encode all images once, into memory (%(default)s)"
-    add("--cache-latents", action=argparse.BooleanOptionalAction, help=cache)
+    add("--cache-latents", action=argparse.BooleanOptionalAction, help="encode all images once, into memory")
     explicit = rae_encoder.explicit_flags(parser, argv)
     return rae_encoder.parse_with_preset(parser, PRESETS, argv, decoder_flags(explicit))
 

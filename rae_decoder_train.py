@@ -1,7 +1,8 @@
 """Stage 1 of RAE: train a ViT decoder that turns the frozen encoder's latents back into images.
 
 Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690, sections 3, 4.3.
-L1, LPIPS and a GAN; noise on the latents, so that the decoder forgives what stage 2 will generate.
+The loss is L1, LPIPS and a GAN; noise on the latents makes the decoder forgive the errors of stage 2.
+"Released" means the authors' code and files; comments say where these differ from the paper.
 
     torchrun rae_decoder_train.py                        # the demo: a minute on a laptop's CPU
     torchrun rae_decoder_train.py --data my_images       # 64 px, without GAN
@@ -35,7 +36,6 @@ from rae_encoder import (
     DEMO,
     RAEV2,
     SMALL,
-    Encoder,
     ImageData,
     check_same,
     even_order,
@@ -224,7 +224,7 @@ def perceptual_loss(weights):
 class Discriminator(nn.Module):
     """Images (B,3,S,S) in [-1,1] -> logits (B, 5*784), one for each head and token (after Sauer et al. 2023).
 
-    Heads on the patch tokens of a frozen DINO ViT-S/8: after the last block, then after blocks 3, 6, 9, 12.
+    Heads on the patch tokens of a frozen DINO ViT-S/8: after blocks 12, 3, 6, 9, 12 (as released, one twice).
     weights: None (hub), "random", or a .safetensors / .pt file with timm's keys.
     """
 
@@ -297,8 +297,8 @@ def hinge_loss(real, fake):
 def adaptive_weight(reconstruction, gan, weight):
     """lambda = |grad of reconstruction| / (|grad of gan| + 1e-6) at the decoder's last weight, in [0, 1e4].
 
-    The gradients are averaged over the ranks, so that all use one lambda. That is the released rule; the
-    paper takes the gradients at the reconstruction (section 4.3).
+    Taking the gradients at the last weight is the released rule; the paper takes them at the reconstruction
+    (section 3.2). The gradients are averaged over the ranks, so that all use one lambda.
     """
     # The step itself needs both graphs once more.
     gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (reconstruction, gan)]
@@ -339,7 +339,7 @@ def decoder_step(
 ):
     """One update by images (B,3,S,S) in [0,1] and latents (B,C,G,G) in `accum` micro-batches.
 
-    loss = L1 + lpips_weight LPIPS + gan_weight lambda GAN (section 4.3); terms whose network is None are left
+    loss = L1 + lpips_weight LPIPS + gan_weight lambda GAN (section 3.2); terms whose network is None are left
     out. L1 + LPIPS is that of one large batch; lambda is of each micro-batch, as released.
     Returns ({term: its mean over micro-batches and ranks}, finite); where loss or gradients are not finite
     nothing is updated.
@@ -351,7 +351,7 @@ def decoder_step(
         sigma = noise_tau * torch.randn(len(z), 1, 1, 1, device=z.device).abs()
     z = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
-    last_weight = getattr(model, "module", model).decoder_pred.weight
+    last_weight = getattr(model, "module", model).decoder_pred.weight  # DDP keeps the network in .module
     terms = {}
     optimizer.zero_grad()
     for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
@@ -393,7 +393,7 @@ def disc_step(model, optimizer, images, z, decoder, accum, precision):
             with torch.no_grad():
                 fake = to_8_bit(decoder(z_k))
             both = 2 * torch.cat([x, fake]) - 1  # (2B / accum, 3, S, S)
-            # DDP counts a call with real and fake as one.
+            # Real and fake go through in one call, since DDP prepares one backward pass for each.
             logits = model(diff_augment(both, u_k.transpose(0, 1).flatten(0, 1)))
             loss = hinge_loss(*logits.chunk(2))
         (loss / accum).backward()
@@ -422,7 +422,7 @@ def update(optimizer, terms):
 @torch.no_grad()
 @exact_fp32()
 def evaluate(decoder, encoder, perceptual, data, workers, rank=0, world=1, batch_size=32):
-    """Means over the images of `data` of PSNR in dB (at most 100) on 8-bit pixels and, if given, LPIPS.
+    """PSNR in dB (8-bit pixels, at most 100) and, with `perceptual`, LPIPS: means over the images of `data`.
 
     In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
     """
@@ -533,6 +533,7 @@ def main(argv=None):
         if finite:
             update_ema(ema, decoder, rae_encoder.ema_decay(args, steps))
         if finite and disc and step >= disc_start:
+            # The discriminator's rate counts its own steps (released): it warms up, and ends above final_lr.
             disc_lr = learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
             disc_optimizer.param_groups[0]["lr"] = disc_lr
             loss, finite = disc_step(ddp_disc, disc_optimizer, images, z, decoder, args.accum, precision)
@@ -543,11 +544,11 @@ def main(argv=None):
         final = step == steps
         if final or step % args.log_every == 0:
             since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        # An evaluation that dies must not take its step with it.
-        evaluated = args.eval_data and (final or step % args.eval_every == 0)
-        if rank == 0 and (final or evaluated or step % args.save_every == 0):
+        # The step is saved before an evaluation, so that a failing evaluation does not lose it.
+        evaluates = args.eval_data and (final or step % args.eval_every == 0)
+        if rank == 0 and (final or evaluates or step % args.save_every == 0):
             save(args, state, step, checkpoint)
-        if evaluated:
+        if evaluates:
             evaluate_run(log, progress, step, ema, encoder, perceptual, held_out, args.workers, rank, world)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
             save_preview(args.out, step, log, ema, encoder, preview)
@@ -567,9 +568,7 @@ def main(argv=None):
 def open_networks(args, device):
     """(encoder, decoder, EMA, config), as the flags say; later stages and a run that goes on need config."""
     torch.manual_seed(args.seed)  # all ranks and runs start alike
-    encoder = Encoder(
-        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
-    )
+    encoder = rae_encoder.open_encoder(args)
     grid, rest = divmod(args.image_size, args.patch_size)
     if rest:
         raise SystemExit(f"--image-size {args.image_size}: no multiple of --patch-size {args.patch_size}")
@@ -629,13 +628,10 @@ def training_state(decoder, ema, disc):
 def schedule(args, images, world):
     """Steps of the run, steps of warm-up, and those from which discriminator and GAN loss take part."""
     steps_per_epoch, steps = rae_encoder.plan_steps(images, args, world)
-    if args.warmup_epochs is None:
-        warmup = steps // 20
-    elif "warmup_epochs" in args.explicit:
-        warmup = round(args.warmup_epochs * steps_per_epoch)
-    else:
-        # A short run must reach the full learning rate, too.
-        warmup = min(round(args.warmup_epochs * steps_per_epoch), steps // 10)
+    warmup = steps // 20 if args.warmup_epochs is None else round(args.warmup_epochs * steps_per_epoch)
+    # A short run must reach the full learning rate, too.
+    if "warmup_epochs" not in args.explicit:
+        warmup = min(warmup, steps // 10)
     return steps, warmup, round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
 
 
@@ -678,12 +674,9 @@ def parse_args(argv=None):
     add("--lpips-weight", type=non_negative_float, default=1.0, help="0 goes without LPIPS (%(default)s)")
     add("--lpips-weights", default="hub", help="VGG-16: hub, random, or a file (%(default)s)")
     add("--gan-weight", type=non_negative_float, default=0.75, help="0 goes without GAN (%(default)s)")
-    backbone = "DINO ViT-S/8 with timm's keys, or `random`; default: the hub's"
-    add("--disc-weights", metavar="FILE", help=backbone)
-    disc_epoch = "epoch from which the discriminator learns (%(default)s)"
-    add("--disc-start", type=non_negative_float, default=6, help=disc_epoch)
-    gan_epoch = "epoch from which the decoder learns from it (%(default)s)"
-    add("--gan-start", type=non_negative_float, default=8, help=gan_epoch)
+    add("--disc-weights", metavar="FILE", help="DINO ViT-S/8, timm's keys, or `random`; default: the hub's")
+    add("--disc-start", type=non_negative_float, default=6, help="epoch when it first learns (%(default)s)")
+    add("--gan-start", type=non_negative_float, default=8, help="epoch when its loss starts (%(default)s)")
 
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder", type=decoder_name, default="ViT-XL", help=f"{', '.join(DECODERS)} (%(default)s)")
@@ -716,7 +709,7 @@ def decoder_summary(args, gan_start, steps):
     return f"{args.decoder}, GAN from step {gan_start}{late}"
 
 
-# Decoders of the authors and of diffusers
+# Files of others: decoders of the authors and of diffusers, VGG
 
 # Parts of keys in files of torch.compile, DDP and diffusers, and our names for them
 KEY_PARTS = {

@@ -1,7 +1,8 @@
 """Stage 0 of RAE: images in, latents out (arXiv 2510.11690, section 3).
 
 A frozen, pretrained ViT turns an image into a grid of tokens; stage 2 learns in the space of these grids.
-Both trainings take the images, the encoder and the statistics of its latents from here.
+Both trainings take the images and the encoder from here, stage 2 the statistics of the latents as well.
+"Released" means the authors' code and files; comments say where these differ from the paper.
 
     python rae_encoder.py                                # the demo: seconds on a laptop's CPU
     python rae_encoder.py --data my_images --out stats.pt
@@ -66,7 +67,8 @@ ALIASES = {
 class Encoder(nn.Module):
     """A frozen timm ViT: images (B,3,H,W) in [0,1] -> latents (B,C,G,G) (paper section 3.1).
 
-    The patch tokens after the final LayerNorm without its affine: each token has mean 0 and variance 1.
+    Latents are the patch tokens after the final LayerNorm, whose affine is dropped: each token has mean 0 and
+    variance 1, unless several layers are averaged.
 
     Args:
         name: an alias of ALIASES, or any timm ViT by its full name with tag.
@@ -74,7 +76,7 @@ class Encoder(nn.Module):
         weights: None (hub), "random" (seeded), or a .safetensors / .pt file with timm's keys.
         layers: numbers of blocks, from 0, whose outputs are averaged (RAEv2), "all" (but the first), or the
             last alone (None, "last").
-        patch_size: pixels of the image that a token stands for, a side.
+        patch_size: side of the square of image pixels that a token stands for.
 
     Attributes: width C, grid G, encoder_size, layers, hash of the weights, mean and std (3,1,1).
     Raises SystemExit for an unknown name, a size that is no multiple of the patch, weights that don't fit.
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
 
     def resize_positions(self):
         """Fit the ViT to encoder_size, with its positions resampled as the authors' models do it."""
-        native = self.vit.pos_embed  # None in DINOv3, whose positions are rotary
+        native = self.vit.pos_embed  # set_input_size replaces it
         self.vit.set_input_size(self.encoder_size)
         # timm antialiases, Hugging Face's MAE and SigLIP 2 don't: latents would be 0.05 and 0.18 apart.
         if self.vit.pretrained_cfg.get("tag") == "mae" or "siglip" in self.name:
@@ -131,8 +133,10 @@ class Encoder(nn.Module):
     def average(self, x):
         """Mean of the layers' normalised tokens, plus the last one's spatial mean (RAEv2, eq. 1)."""
         # The released code takes the mean; the paper writes a sum.
-        options = {"norm": True, "stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
-        layers = torch.stack(self.vit.forward_intermediates(x, self.layers, **options)).float()  # (L,B,N,C)
+        tokens = self.vit.forward_intermediates(
+            x, self.layers, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        layers = torch.stack(tokens).float()  # (L,B,N,C)
         return layers.mean(0) + layers[-1].mean(1, keepdim=True)  # (B,N,C) + (B,1,C)
 
     def config(self):
@@ -160,7 +164,7 @@ def load_vit(name, weights, flag="--encoder"):
     try:
         if weights not in (None, "random"):
             state = load_state_dict(local_file(weights, f"{flag}-weights"), weights_only=True)
-            # Without the classifier's keys timm loads strictly; it converts names and positions as its own.
+            # Without the classifier's keys timm loads strictly, and converts names and positions as usual.
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
             options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):
@@ -182,7 +186,7 @@ def load_vit(name, weights, flag="--encoder"):
 def timm_name(name):
     """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
     full = ALIASES.get(name, name)
-    # Without a tag any architecture of timm will do, with one its weights must exist.
+    # A name without a tag may be any architecture of timm; for a name with a tag timm must know weights.
     if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
         raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
     return full
@@ -216,9 +220,9 @@ def exact_fp32():
 
 
 def encode_views(encoder, data, order, workers=0, flip=True):
-    """Yield latents (B,V,C,G,G) of images and, with flip, of their mirrors, and labels (B,), for each batch.
+    """Yield (latents (B,V,C,G,G), labels (B,)) a batch; views are the image and, with flip, its mirror.
 
-    Never under autocast: in bf16 latents are 1.1 % off. A consumer in exact_fp32() excludes TF32, too.
+    Call it outside of autocast: bf16 latents are 1.1 % off. A consumer in exact_fp32() excludes TF32, too.
     """
     for images, labels in load_images(data, order, encoder.mean.device, workers):
         views = [images, images.flip(-1)] if flip else [images]
@@ -227,7 +231,7 @@ def encode_views(encoder, data, order, workers=0, flip=True):
 
 @exact_fp32()
 def latent_statistics(latents):
-    """Mean and population variance, each (C,G,G), of this and all other ranks' latents (B,V,C,G,G).
+    """Mean and population variance, each (C,G,G), over batches of latents (B,V,C,G,G) on all ranks.
 
     Exact: float64 sums in one pass. (The released code keeps a momentum-0.1 running average, which depends on
     order and batch size.)
@@ -252,9 +256,9 @@ def latent_statistics(latents):
 def load_statistics(path, config, flag="--stats"):
     """Mean and variance, each (C,G,G), in the file that `flag` names, ours or released.
 
-    config: Encoder.config() of the latents that they are for, at least latent_shape. A missing or None mean
-    is 0, such a variance 1; one of shape (C,) or (C,1,1) holds for all positions. Raises SystemExit for other
-    files, and for statistics of other latents.
+    config: the Encoder.config() that the statistics must fit, at least its latent_shape. A missing or None
+    mean is 0, a variance 1; a moment of shape (C,) or (C,1,1) holds for all positions. Raises SystemExit for
+    other files, and for statistics of other latents.
     """
     file = read_weights(path, flag)
     check_same(config, "this run", file.get("config", {}), f"{flag} {path}", (*LATENTS, "image_size"))
@@ -446,7 +450,7 @@ def load_images(data, order, device, workers=0):
     )
     try:
         batches = iter(loader)
-        # torch's handler would raise the death of a worker in the midst of a step; the timeout finds it, too.
+        # torch's handler raises at any line of a step when a worker dies; the timeout reports that as well.
         if workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in batches:
@@ -467,7 +471,7 @@ def load_images(data, order, device, workers=0):
 
 @contextlib.contextmanager
 def keeps_process_settings():
-    """Decorator of a main(): what it changes in its process is put back at its end."""
+    """Decorator of a main() that a longer process calls: what it changes there is put back at its end."""
     precision = torch.get_float32_matmul_precision()
     flash = torch.backends.cuda.flash_sdp_enabled()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -495,10 +499,7 @@ def main(argv=None):
     if num < max(2, world):
         raise SystemExit(f"statistics of {num} images: needed are two, and one for each rank")
     check_output(args.out)
-    encoder = Encoder(
-        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
-    )
-    encoder.to(device)
+    encoder = open_encoder(args).to(device)
     check_ranks_agree(images=data.hash(), encoder=encoder.hash)
     if rank == 0:
         print(
@@ -541,10 +542,10 @@ def parse_args(argv=None):
     return parse_with_preset(parser, PRESETS, argv)
 
 
-# ---- Shared by the scripts: flags, devices, files, folders. Nothing below this line changes a number. ----
+# ---- Shared by the scripts: presets, flags, devices, runs, files, folders. No formula follows. ----
 
-# Presets list only what differs from the flag defaults; those are the released 256 px recipe. All scripts
-# share their images and encoder. The demo's encoder is small and untrained.
+# Presets list only what differs from the flag defaults; those are the released 256 px recipe. DEMO, SMALL and
+# RAEV2 hold a preset's images and encoder, which all scripts share. The demo's encoder is untrained.
 DEMO = {
     "data": "data/demo",
     "image_size": 32,
@@ -624,8 +625,7 @@ def layer_list(text):
 def common_parser(description):
     """A parser with the flags of every stage that encodes images."""
     parser = OneLineParser(description=description)
-    default = "the defaults of other flags; default: small with --data, demo without"
-    parser.add_argument("--preset", choices=PRESETS, help=default)
+    parser.add_argument("--preset", choices=PRESETS, help="default: small with --data, demo without")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
@@ -639,8 +639,7 @@ def common_parser(description):
     add("--encoder", default="dinov2-base", help=f"{names}, or any timm ViT by its full name (%(default)s)")
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the hub's")
     add("--encoder-size", type=positive_int, help="pixels a side that it sees; default: by --patch-size")
-    tokens = "pixels of the image that a token stands for, a side (%(default)s; small, demo: 8)"
-    add("--patch-size", type=positive_int, default=16, help=tokens)
+    add("--patch-size", type=positive_int, default=16, help="pixels of a token (%(default)s; small, demo: 8)")
     blocks = "blocks to average, from 0 (RAEv2): `all` but the first, a list I,J,..., or the `last` alone"
     add(
         "--layers",
@@ -655,12 +654,18 @@ def common_parser(description):
     return parser
 
 
+def open_encoder(args):
+    """The encoder that the flags of common_parser name."""
+    return Encoder(
+        args.encoder, args.encoder_size, args.image_size, args.encoder_weights, args.layers, args.patch_size
+    )
+
+
 def computing_flags(parser):
-    """Add the flags that sample.py has as well; return how to add more to their group."""
+    """Add the flags that sample.py has as well; return their group's add_argument."""
     add = parser.add_argument_group("computing").add_argument
     add("--batch-size", type=positive_int, default=256, help="images a step, over all ranks (%(default)s)")
-    processes = "loading processes of a rank (%(default)s)"
-    add("--workers", type=non_negative_int, default=default_workers(), help=processes)
+    add("--workers", type=non_negative_int, default=default_workers(), help="loaders a rank (%(default)s)")
     add("--device", choices=["cuda", "cpu", "mps", "xpu"], help="default: cuda where there is one, else cpu")
     return add
 
@@ -712,14 +717,14 @@ def training_parser(description):
 def explicit_flags(parser, argv):
     """The flags that are on the command line, as {name: value}; --help is left for later."""
     argv = [text for text in (sys.argv[1:] if argv is None else argv) if text not in ("-h", "--help")]
-    # argparse sets a default only where the namespace has no value, and here all are None.
+    # argparse sets a default only where an attribute is missing; in this namespace all are there, as None.
     namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
     flags = vars(parser.parse_args(argv, namespace))
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def parse_with_preset(parser, presets, argv, inherited=()):
-    """Flags over `inherited`, a checkpoint's, over the defaults of their preset.
+    """Parse the flags: the command line wins over `inherited` (from a checkpoint), that over the preset.
 
     args.explicit lists the names on the command line. Raises SystemExit for a preset without its data.
     """
@@ -731,7 +736,7 @@ def parse_with_preset(parser, presets, argv, inherited=()):
     if name == "demo" and "data" in explicit:
         raise SystemExit(f"--data {explicit['data']}: the demo draws its own images; name another --preset")
     parser.set_defaults(**{**presets[name], **inherited, "preset": name})
-    # Both say how long to train, and a preset may have the other one.
+    # plan_steps prefers --steps, so those of a preset must give way to --epochs on the command line.
     if "epochs" in explicit:
         parser.set_defaults(steps=None)
     args = parser.parse_args(argv)
@@ -817,7 +822,7 @@ def product_rate(dtype):
 
 
 def join_ranks(device_name):
-    """Join torchrun's process group, if there is one; returns (rank, world size, device)."""
+    """Join torchrun's process group, if there is one, and allow TF32; returns (rank, world size, device)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
@@ -874,7 +879,8 @@ def compile_blocks(blocks, explicit, device):
         return
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise SystemExit("torch.compile needs a C compiler, such as gcc; --no-compile goes without")
-    # Two networks have four sizes of blocks, in two batch sizes or more; past torch's 8 they'd run eager.
+    # torch compiles a function for 8 shapes and runs it eagerly for others. Two networks of body and head,
+    # each in two batch sizes or more, can need more.
     torch._dynamo.config.cache_size_limit = 64  # its newer name is not in torch 2.6
     for block in blocks:
         block.compile()
@@ -941,14 +947,14 @@ def catch_signals():
 
     def note(number, _frame):
         nonlocal first
-        # torchrun repeats a Ctrl-C within a second; a later one is the user's second, and ends at once.
+        # torchrun passes a Ctrl-C on within one second; a SIGINT after that is a new one, and ends at once.
         if number == signal.SIGINT and time.monotonic() > first + 1:
             os._exit(130)
         first = min(first, time.monotonic())
         stops.append(number)
 
     for number in signal.Signals:
-        # Under nohup SIGHUP is ignored, but torchrun passes it on and then kills.
+        # SIGHUP stays ignored under nohup, but not under torchrun, which passes it on and then kills.
         ignored = signal.getsignal(number) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
         if number.name in STOP_SIGNALS and not ignored:
             signal.signal(number, note)
@@ -994,7 +1000,7 @@ def write_log(log, step, record):
 def log_picture(log, step, path):
     """Show the PNG of a preview in TensorBoard, where that is installed."""
     board = log[1]
-    if board and os.path.exists(path):
+    if board:
         board.add_image("preview", np.array(Image.open(path)), step, dataformats="HWC")
         board.flush()
 
@@ -1015,7 +1021,7 @@ def read_start(args, checkpoint_format):
         "args",
     }:
         raise SystemExit(f"--resume {path}: not a whole {checkpoint_format} checkpoint")
-    # The encoder may have to be fetched before configs can be compared.
+    # This check needs no encoder, which may have to be fetched before configs can be compared.
     demo = args.preset == "demo"
     if demo != (start["args"].get("preset") == "demo"):
         raise SystemExit(
@@ -1047,11 +1053,12 @@ def end_of_run(args, rank, progress, step, steps, data, device, stops, command):
 def next_command(script, world, out, name, **flags):
     """A command line to paste: the script with its flags, for as many processes as this run has.
 
-    A run folder out of its default place gets a neighbour for the output, called `name`.
+    Where the run folder does not lie in runs/ itself, --out of the next command is its neighbour `name`.
     """
     words = ["python", script] if world == 1 else ["torchrun", "--nproc_per_node", str(world), script]
-    if os.path.dirname(out) != "runs":
-        flags["out"] = os.path.join(os.path.dirname(out), name)
+    parent = os.path.dirname(os.path.normpath(out))  # a shell completes a name with a slash
+    if parent != "runs":
+        flags["out"] = os.path.join(parent, name)
     for flag, value in flags.items():
         words += [f"--{flag}", value]
     return shlex.join(words)
@@ -1250,7 +1257,7 @@ def list_images(root, flag):
             continue
         listed.add(real)
 
-        # Two or more such folders are the parts of a data set, of which one is for training.
+        # Folders such as train and val are parts of a data set, of which the user must name one.
         if folder == root:
             names_of = {name.lower(): name for name in subfolders}
             known = ("train", "val", "valid", "validation", "test")

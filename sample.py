@@ -94,7 +94,7 @@ PRESETS = {
     },
     "raev2": RAEV2 | {"num": 50_000, "raw_pixels": True},
 }
-# A weak network guides a preset's flow, with the paper's scale (section 4.3).
+# A weak network guides a preset's flow, with the paper's scale.
 AUTOGUIDE = {
     "imagenet256": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt", 1.42),
     "imagenet512": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", 1.5),
@@ -106,7 +106,7 @@ def time_grid(steps, a, t_end=0.0):
 
     The released code's "50 steps" are steps=49, t_end=0.001.
     """
-    # In float64 a time at an end of the guidance interval does not fall out of it.
+    # float64 keeps a time that equals an end of --guidance-interval inside of it.
     t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
     return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # rounding can pass 1 where a is below 1
 
@@ -584,7 +584,7 @@ def check_folder(out, settings):
     try:
         os.makedirs(out, exist_ok=True)
         if os.path.exists(path):
-            # A setting that the file lacks is None.
+            # A folder of samples lacks the settings of reconstructions: None differs from all of them.
             stored = {**dict.fromkeys(settings), **json.loads(Path(path).read_bytes())}
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"--out {out}: can't be used ({reason(error)}); name another folder") from None

@@ -428,8 +428,8 @@ def test_other_images_than_the_decoders(stage_1):
     [
         ("--encoder dinov2-small", "vit_small_patch14_reg4_dinov2.lvd142m", "test_vit.r160_in1k"),
         ("--encoder-size 48", "encoder_size 48", "32"),
-        ("--image-size 32", "image_size 32", "24"),
-        ("--patch-size 8", "patch_size 8", "6"),
+        ("--image-size 48", "encoder_size 128", "32"),
+        ("--patch-size 8", "encoder_size 48", "32"),
         ("--layers 0,1", "layers [0, 1]", "[1, 3]"),
     ],
 )
