@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import helpers  # noqa: E402
@@ -60,3 +61,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rae_encoder.draw_demo("data/demo", num=22)
     return tmp_path
+
+
+@pytest.fixture
+def one_thread():
+    """Small networks are fastest on one thread: two that share busy cores wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

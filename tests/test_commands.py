@@ -28,6 +28,7 @@ import rae_decoder_train
 import rae_encoder
 import sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = {  # both at a few thousand weights; two steps an epoch, so that the GAN takes part from step 16 on
     rae_decoder_train: "--lpips-weight 0 --gan-weight 0.75 --disc-weights random --preview-every 0",
     flow_train: "--decoder= --model DiT-DH-S --width 16 --depth 1 --heads 2 --head-width 32 --head-depth 1 "

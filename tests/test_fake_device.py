@@ -224,7 +224,7 @@ def test_the_count_of_memory_is_that_of_a_step_known_by_hand():
 
 
 @pytest.mark.slow
-def test_bench_runs(capsys):
+def test_bench_runs(one_thread, capsys):
     """A row of a distance that is known elsewhere, between the limits of the machine."""
     bench.main(["--quick", "--json", "--only", "frechet"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -238,7 +238,7 @@ def test_bench_runs(capsys):
 
 
 @pytest.mark.slow
-def test_rows_of_bench_count_attention_alike():
+def test_rows_of_bench_count_attention_alike(one_thread):
     """A block's products: four of its width, two of attention, two of its MLP; backward takes twice that."""
     batch, tokens, width = 2, 5, 8
     block = torch.nn.TransformerEncoderLayer(width, 2, 16, dropout=0, batch_first=True)

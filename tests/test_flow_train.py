@@ -20,6 +20,8 @@ import rae_encoder
 import sample
 from rae_encoder import Encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_shift_against_the_paper():
     assert flow_train.default_shift((768, 16, 16)) == pytest.approx(6.93, abs=0.005)
