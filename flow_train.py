@@ -396,7 +396,7 @@ def initialise(network, config, path):
         "base_depth": released.base_depth,
     }
     source = {**sizes, **dit_dh.read(path, "--init").get("config", {})}
-    check_same(config, "this run", source, f"--init {path}", (*rae_encoder.LATENTS, *sizes))
+    check_same(config, "this run", source, f"--init {path}", (*rae_encoder.LATENTS, "image_size", *sizes))
 
     weights = released.state_dict()
     # "No class" is the last row of the labels, and means the same for any data.

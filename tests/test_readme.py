@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = ("rae_encoder", "rae_decoder_train", "dit_dh", "flow_train", "sample", "fid")
 TESTS = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 ROWS = re.findall(r"^\|.*\| `([a-z_]+)\.([\w.]+)`.*\| `(test_\w+)`", README, re.M)  # paper, code, test
-OTHER_FLAGS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shm-size"}  # torchrun's, Docker's
+# These flags are of torchrun and of Docker.
+OTHER_FLAGS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shm-size"}
 
 
 def fences(language):

@@ -864,7 +864,6 @@ def test_the_log_is_json_lines_and_tensorboards(tmp_path, monkeypatch):
     picture = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
     picture.save(tmp_path / "x.png")
     rae_encoder.log_picture(log, 4, tmp_path / "x.png")
-    rae_encoder.log_picture(log, 5, tmp_path / "none.png")
     rae_encoder.log_picture((None, None), 5, tmp_path / "x.png")
     assert log[1].noted[1:] == [("preview", np.asarray(picture).tolist(), 4, "HWC")]
     assert log[1].flushed == 2
