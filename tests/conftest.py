@@ -23,6 +23,10 @@ STDERR = []  # pytest's own, in which a traceback is seen at once
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts processes or takes longer than a second")
     STDERR.append(os.dup(2))
+    # nohup and shells' background jobs ignore signals, which the processes of tests would inherit.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
