@@ -349,20 +349,22 @@ def decoder_step(
         sigma = noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
     else:
         sigma = noise_tau * torch.randn(len(z), 1, 1, 1, device=z.device).abs()
-    z = z + sigma * torch.randn_like(z)
+    noisy = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
     last_weight = getattr(model, "module", model).decoder_pred.weight  # DDP keeps the network in .module
     terms = {}
     optimizer.zero_grad()
-    for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
+    chunks = zip(images.chunk(accum), noisy.chunk(accum), u.chunk(accum), strict=True)
+    for k, (x, noisy_k, u_k) in enumerate(chunks):
         model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
         with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            xhat = model(z_k)  # (B / accum, 3, S, S)
+            xhat = model(noisy_k)  # (B / accum, 3, S, S)
             parts = {"l1": (xhat - x).abs().mean()}
             loss = parts["l1"]
             if perceptual:
                 parts["lpips"] = perceptual(2 * xhat - 1, 2 * x - 1).float().mean()
                 loss = loss + lpips_weight * parts["lpips"]
+            # lambda weighs the GAN against the sum of the terms above.
             if disc:
                 parts["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
                 parts["lambda"] = adaptive_weight(loss, parts["gan"], last_weight)
@@ -589,7 +591,7 @@ def open_networks(args, device):
         **encoder.config(),
         "image_size": args.image_size,
         "decoder": sizes,
-        # A run that goes on must not change these.
+        # A run that goes on must not change these; the weights of the losses it may.
         "noise_tau": args.noise_tau,
         "noise_law": args.noise_law,
         "gan": args.gan_weight > 0,

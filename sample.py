@@ -120,7 +120,7 @@ def sample_latents(velocity, noise, grid, solver="euler"):
     times = grid.tolist()
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(x, t)
-        # Plain Euler on the last interval: the network is not trained at t = 0.
+        # Heun takes a plain Euler step on the last interval: the network is not trained at t = 0.
         if solver == "heun" and t_next != times[-1]:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
         x = x + (t_next - t) * v
@@ -427,7 +427,12 @@ def build_parser():
     add("--stats", metavar="FILE", help="latent statistics; default: the flow's, decoder's or preset's")
     add("--classes", help="in turn: names, as tabby,tench, or numbers from 0; default: all")
     add("--steps", type=positive_int, help="from t = 1 to t = 0; default: 50, the demo's network 25")
-    add("--solver", choices=["euler", "heun"], default="euler", help="heun: of second order (%(default)s)")
+    add(
+        "--solver",
+        choices=["euler", "heun"],
+        default="euler",
+        help="heun: second order, two calls a step (%(default)s)",
+    )
     add("--shift", type=positive_float, help="of the times, 1 is off; default: as in training")
     add("--t-end", type=share_below_one, default=0.0, help="where times end, before the shift (%(default)s)")
     add("--cfg", type=non_negative_float, metavar="SCALE", help="of guidance; default: 1 (off), the demo 2")
