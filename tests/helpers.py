@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
@@ -90,8 +91,13 @@ def be_rank(names, before, function, args):
 
 def end_ranks(ranks, code=0):
     """Wait for ranks, which all must end with `code`; the lines of rank 0, without progress bars."""
-    for rank in ranks:
-        rank.join()
+    alive = list(ranks)
+    while alive:
+        multiprocessing.connection.wait([rank.sentinel for rank in alive])
+        alive = [rank for rank in alive if rank.exitcode is None]
+        # A rank whose peer is gone waits for an hour.
+        if any(rank.exitcode not in (None, code) for rank in ranks):
+            kill_started()
     printed = Path("stderr-0").read_text()
     assert [rank.exitcode for rank in ranks] == [code] * len(ranks), printed
     assert "Traceback" not in printed, printed
