@@ -478,8 +478,7 @@ def keeps_process_settings():
     try:
         with warnings.catch_warnings():
             yield
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_ranks()
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_flash_sdp(flash)
@@ -837,6 +836,14 @@ def join_ranks(device_name):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as released
     return rank, world, device
+
+
+def leave_ranks():
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        # Without a pause gloo of torch 2.6 may hang: its end waits for a thread that waits for Python's lock.
+        time.sleep(0.2)
+        dist.destroy_process_group()
 
 
 def set_up(args):

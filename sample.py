@@ -57,6 +57,7 @@ from rae_encoder import (
     keep_freed_memory,
     keeps_process_settings,
     layer_list,
+    leave_ranks,
     load_images,
     load_statistics,
     local_file,
@@ -389,7 +390,7 @@ def main(argv=None):
         make_images(source.images(batches), batches, files, progress)
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        leave_ranks()
     if rank > 0:
         return
 
