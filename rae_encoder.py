@@ -502,8 +502,8 @@ def main(argv=None):
     check_ranks_agree(images=data.hash(), encoder=encoder.hash)
     if rank == 0:
         print(
-            f"{demo_notice(args)}{num} of {data.summary()}; {encoder_summary(args, encoder)}; "
-            f"{world} x {device.type}, fp32",
+            f"{demo_notice(args.preset == 'demo')}{num} of {data.summary()}; "
+            f"{encoder_summary(args, encoder)}; {world} x {device.type}, fp32",
             file=sys.stderr,
         )
 
@@ -752,8 +752,8 @@ def ema_decay(args, steps):
     return min(args.ema, max(0.0, 1 - 10 / steps))
 
 
-def demo_notice(args):
-    return "The demo: its numbers compare with nothing. " if args.preset == "demo" else ""
+def demo_notice(demo):
+    return "The demo: its numbers compare with nothing. " if demo else ""
 
 
 def encoder_summary(args, encoder):
@@ -1075,7 +1075,8 @@ def first_line(args, rank, data, networks, model, computing, step, steps):
     """Print the data, the networks, the size of the trained one and how it is trained; return a bar."""
     if rank == 0:
         millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-        line = f"{demo_notice(args)}{data.summary()}; {networks} ({millions:.1f} M parameters); {computing}"
+        notice = demo_notice(args.preset == "demo")
+        line = f"{notice}{data.summary()}; {networks} ({millions:.1f} M parameters); {computing}"
         print(f"{line}; step {step} of {steps}", file=sys.stderr)
     return tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
 

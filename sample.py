@@ -49,6 +49,7 @@ from rae_encoder import (
     choose_precision,
     compile_blocks,
     computing_flags,
+    demo_notice,
     even_order,
     exact_fp32,
     explicit_flags,
@@ -220,6 +221,8 @@ def open_sampling(args, device, precision):
     # The classes take turns, so that each has as many images: the protocol of the paper's FID.
     classes = class_numbers(args.classes, config.get("classes", []), model.num_classes)
 
+    grid = time_grid(steps, shift, args.t_end)
+
     def sample_batch(indices):
         y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # (B,)
         noise = draw_noise(indices, model.latent_shape, args.seed).to(device)  # (B,C,G,G)
@@ -227,7 +230,6 @@ def open_sampling(args, device, precision):
         def velocity(x, t):
             return guided_velocity(model, x, t, y, weak, scale=scale, internal=internal, interval=interval)
 
-        grid = time_grid(steps, shift, args.t_end)
         z = sample_latents(velocity, noise, grid, args.solver)  # (B,C,G,G)
         return decoder(z * std + mean)  # (B,3,S,S)
 
@@ -373,7 +375,7 @@ def main(argv=None):
 
     if rank == 0:
         write_file(f"{args.out}/settings.json", lambda file: file.write(json.dumps(source.settings).encode()))
-        demo = "The demo: its numbers compare with nothing. " if source.settings["demo"] else ""
+        demo = demo_notice(source.settings["demo"])
         print(
             f"{demo}{source.summary} -> {source.num} images in {args.out}, "
             f"{source.num - len(missing)} of them made before; {world} x {device.type}, {precision} ({why})",
