@@ -2,15 +2,19 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+from PIL import Image
 from safetensors.torch import save_file
 
 import rae_encoder
 
 findings = importlib.import_module("findings")
+probe = importlib.import_module("probe")
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +41,38 @@ def test_each_row_runs_at_toy_size_and_once(name, toys, capsys):
 
     result = json.loads(Path(toys[-1], f"{name}.json").read_text())
     assert "nan" not in result["figures"]
+
+
+@pytest.mark.slow
+def test_probe_knows_copies_of_photographs_and_their_classes(toys, tmp_path, capsys):
+    """Samples that are photographs lie at distance 0 of themselves, and show the class they are of."""
+    data = toys[1]
+    images = rae_encoder.ImageData(data, 32)
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    # 40 copies, a class a column, as sample.py counts round its classes
+    count = len(images.classes)
+    of_class = [np.flatnonzero(np.array(images.labels) == k) for k in range(count)]
+    for i in range(40):
+        shutil.copy(images.path(of_class[i % count][i // count]), samples / f"{i:06d}.png")
+    (samples / "settings.json").write_text(json.dumps({"classes": list(range(count))}))
+
+    weights = toys[toys.index("--features-weights") + 1]
+    flags = ["--data", data, "--test", data, "--features", "test_efficientnet", "--features-weights", weights]
+    probe.main([str(samples), *flags])
+    result = json.loads(capsys.readouterr().out)
+    assert result["nearest"] == pytest.approx(0, abs=1e-3)
+    assert result["nearest_of_test"] == pytest.approx(0, abs=1e-3)
+    assert result["named"] > 0.9  # of the photographs that it learned from
+    assert result["named_of_test"] > 0.9
+
+    # Four pairs of rows with a margin of 2: each sample over its copy
+    sheet = np.asarray(Image.open(tmp_path / "samples-nearest.png"))
+    for row in range(0, 8, 2):
+        top = 2 + 34 * row
+        assert (sheet[top : top + 32] == sheet[top + 34 : top + 66]).all()
+
+    # Shifted labels: no sample is of its class any more.
+    (samples / "settings.json").write_text(json.dumps({"classes": [*range(1, count), 0]}))
+    probe.main([str(samples), *flags])
+    assert json.loads(capsys.readouterr().out)["named"] < 0.1

@@ -1,0 +1,105 @@
+"""Do samples show their classes, and are they copies? Judged in features of a network trained elsewhere.
+
+    python tests/probe.py samples --data cifar10/train --test cifar10/test \\
+        --features-weights efficientnet_lite0.safetensors
+
+A linear probe learns the classes of the photographs in --data. Printed is the part of the samples in which it
+names the class they were made for, beside that of the photographs in --test, and the mean distance to the
+nearest photograph in --data. Beside SAMPLES goes SAMPLES-nearest.png: samples over their nearest photographs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import fid  # noqa: E402
+import rae_encoder  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", help="a folder that sample.py wrote")
+    parser.add_argument("--data", required=True, help="photographs to learn from, as class folders")
+    parser.add_argument("--test", required=True, help="other photographs of the same classes")
+    parser.add_argument("--features", default="tf_efficientnet_lite0", help="a timm model")
+    parser.add_argument("--features-weights", required=True)
+    return parser.parse_args(argv)
+
+
+def read(path):
+    return torch.from_numpy(np.array(rae_encoder.to_rgb(Image.open(path)))).movedim(2, 0)
+
+
+@torch.no_grad()
+def features_of(paths, network):
+    """Features (N,D) and pixels, uint8 (N,3,H,W), of images of one size."""
+    pixels = torch.stack([read(path) for path in paths])
+    features = [network(batch) for batch in tqdm(DataLoader(pixels, 50), str(Path(paths[0]).parent))]
+    return torch.cat(features), pixels
+
+
+def linear_probe(features, labels, decay=0.01):
+    """Fit logistic regression on features of mean 0 and variance 1; returns a function to class numbers."""
+    mean = features.mean(0)
+    std = features.std(0) + 1e-3
+    weight = torch.zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = (features - mean) / std @ weight + bias
+        loss = F.cross_entropy(logits, labels) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda features: ((features - mean) / std @ weight + bias).argmax(1)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    network, _ = fid.load_network(args.features, "adm", args.features_weights)
+    train = rae_encoder.ImageData(args.data, 32)
+    test = rae_encoder.ImageData(args.test, 32)
+    train_features, photographs = features_of([train.path(i) for i in range(len(train))], network)
+    test_features, _ = features_of([test.path(i) for i in range(len(test))], network)
+
+    # Image i of sample.py is of the class i, counted round.
+    classes = json.loads(Path(args.samples, "settings.json").read_text())["classes"]
+    paths = sorted(map(str, Path(args.samples).glob("*.png")))
+    sample_features, samples = features_of(paths, network)
+    sample_labels = torch.tensor([classes[int(Path(path).stem) % len(classes)] for path in paths])
+
+    train_labels = torch.as_tensor(train.labels).long()
+    test_labels = torch.as_tensor(test.labels).long()
+    name = linear_probe(train_features, train_labels)
+    nearest = torch.cdist(sample_features, train_features).min(1)
+    result = {
+        "named": (name(sample_features) == sample_labels).float().mean().item(),
+        "named_of_test": (name(test_features) == test_labels).float().mean().item(),
+        "nearest": nearest.values.mean().item(),
+        "nearest_of_test": torch.cdist(test_features, train_features).min(1).values.mean().item(),
+    }
+    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
+
+    pairs = torch.stack([samples, photographs[nearest.indices]], 1)[:40]  # (40,2,3,H,W)
+    rows = [row.movedim(1, 0).flatten(0, 1) for row in pairs.split(10)]  # (20,3,H,W) each
+    sheet = make_grid(torch.cat(rows), nrow=10)
+    Image.fromarray(sheet.movedim(0, 2).numpy()).save(f"{args.samples.rstrip('/')}-nearest.png")
+
+
+if __name__ == "__main__":
+    rae_encoder.run(main)
