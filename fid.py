@@ -18,10 +18,9 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import signal
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from torchvision.transforms.functional import crop, normalize, pil_to_tensor, re
 from tqdm import tqdm
 
 # DEMO holds the defaults for the demo's samples.
-DEMO = {"ref": "data/demo", "inception_weights": "random", "num": 200, "ref_num": 200}
+DEMO = {"inception_weights": "random", "num": 200, "ref_num": 200}
 # ADM's reference batches hold mu and sigma of ImageNet and 10,000 of its images (Dhariwal & Nichol 2021).
 URLS = {
     "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
@@ -69,7 +68,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root
     # max() returns its first argument, NaN too, where no other is larger.
-    return max(float(distance), 0.0)
+    return max(distance, 0.0)
 
 
 def inception_score(features, class_weight, split_size=5000):
@@ -119,7 +118,7 @@ def inception_input(images, protocol):
         for size in x.shape[2:]:
             source = torch.arange(299.0) * (size / 299)
             offset = source.clamp(max=size - 1).view(299, 1) - torch.arange(size)
-            weights.append((1 - offset.abs()).clamp(min=0).to(x.device))  # (299,H), then (299,W)
+            weights.append(F.relu(1 - offset.abs()).to(x.device))  # (299,H), then (299,W)
         x = weights[0] @ x @ weights[1].T  # (B,3,299,299)
     return (x - 128) / 128
 
@@ -188,7 +187,6 @@ class TimmFeatures(nn.Module):
         # The import takes a second that Inception does not wait for.
         import timm
 
-        name = re.sub(r"^dinov2-(\w+)$", r"vit_\1_patch14_dinov2.lvd142m", name)
         self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         # timm compares the file with all keys, so its classifier goes afterwards.
         self.model.reset_classifier(0)
@@ -215,33 +213,18 @@ class TimmFeatures(nn.Module):
 def extract(source, network, batch_size, workers, device):
     """Compute the features (N,D), fp32, of the images of an ImageSet. TF32 would move them by 1e-3.
 
-    Raises SystemExit at an image that can't be used, and where a loading process dies or is stuck.
+    Raises SystemExit at an image that can't be used.
     """
     network.to(device)
     features = []
-    batches = torch.utils.data.DataLoader(
-        source.items,
-        batch_size,
-        num_workers=workers,
-        collate_fn=source.read,
-        worker_init_fn=ignore_interrupt,
-        timeout=60 if workers else 0,  # seconds
-    )
-    try:
-        for batch in tqdm(batches, source.path, unit="image", unit_scale=batch_size):
-            if isinstance(batch, str):
-                raise SystemExit(batch)
-            # uint8 (B,3,H,W) -> (B,D)
-            features += [network(torch.from_numpy(batch).to(device)).cpu()]
-    except (OSError, RuntimeError) as error:
-        # DataLoader raises the error of a killed process in a signal handler, at any line of the loop.
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-            raise
-        sys.exit(f"{source.path}: {error}; try --workers 0 or, in a container, --shm-size=1g")
-    features = torch.cat(features)
-    if not features.isfinite().all():
-        raise SystemExit(f"{source.path}: its features are not finite; are the weights the network's?")
-    return features
+    starts = range(0, len(source.items), batch_size)
+    # Pillow decodes without Python's lock, and a GPU computes while the next batch is decoded.
+    with ThreadPoolExecutor(workers or 1) as threads:
+        for i in tqdm(starts, source.path):
+            images = threads.map(source.read, source.items[i : i + batch_size])
+            batch = torch.stack(list(images)).to(device)  # uint8 (B,3,H,W)
+            features += [network(batch)]  # (B,D)
+    return torch.cat(features).cpu()
 
 
 def evaluate(metrics, network, samples, reference=None):
@@ -250,11 +233,7 @@ def evaluate(metrics, network, samples, reference=None):
     if "fid" in metrics:
         results["fid"] = frechet_distance(*samples.moments, *reference.moments)
     if "is" in metrics:
-        features = samples.features
-        # Splits of a folder sorted by class would hold few classes each, and the score would be a fraction.
-        if not (samples.items and samples.path.endswith(".npz")):
-            features = features[np.random.default_rng(0).permutation(len(features))]
-        results["is"] = inception_score(features, network.fc.weight.cpu())
+        results["is"] = inception_score(samples.features, network.fc.weight.cpu())
     if "prec" in metrics or "rec" in metrics:
         results["prec"], results["rec"] = precision_recall(samples.features, reference.features)
     return results
@@ -266,10 +245,8 @@ def main(argv=None):
     # Sets are opened before any network is fetched or built. The Inception Score alone needs no reference.
     sets = [ImageSet(args.samples, None if args.ref else args.crop, args.num)]
     if args.ref and args.metrics != "is":
-        sets.append(ImageSet(local_file(args.ref), args.crop, args.ref_num, spread=True))
+        sets += [ImageSet(local_file(args.ref), args.crop, args.ref_num, spread=True)]
     metrics = choose_metrics(args.metrics, sets, args.features)
-    if args.save_stats:
-        check_target(args.save_stats, sets)
     weights = args.features_weights if args.features else args.inception_weights
     network, made_by = load_network(args.features, args.protocol, weights)
     for source in sets:
@@ -308,10 +285,13 @@ def main(argv=None):
             source.features = extract(source, network, args.batch_size, args.workers, args.device)
             source.moments = source.moments or moments(source.features)
     results = evaluate(metrics, network, *sets)
+    if args.json:
+        print(json.dumps(results | record))
+    else:
+        for metric, value in results.items():
+            print(f"{metric} {value:.6g}")
     if args.save_stats:
         save_statistics(args.save_stats, sets[0], made_by)
-    lines = [f"{metric} {value:.6g}" for metric, value in results.items()]
-    print(json.dumps(results | record) if args.json else "\n".join(lines))
 
 
 # ---- Flags ----
@@ -341,24 +321,26 @@ def parse_args(argv=None):
         default="adm",
         help="from image to Inception's input (%(default)s)",
     )
-    add("--inception-weights", default="hub", help="FILE, hub or, for tests, random (%(default)s)")
-    add("--features", help="a timm model instead of Inception; dinov2-large gives FD-DINOv2")
-    add("--features-weights", default="hub", help="timm's FILE, hub:OWNER/REPO/PATH or hub (%(default)s)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--inception-weights", default="hub", help="FILE, hub or, for tests, random (%(default)s)")
+    either("--features", help="a timm model instead of Inception; vit_large_patch14_dinov2 gives FD-DINOv2")
+    add("--features-weights", help="timm's FILE or hub:OWNER/REPO/PATH (timm's own)")
 
     # These flags change no result.
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--batch-size", type=positive_int, default=32, help="images a step; changes no result (%(default)s)")
-    add("--workers", type=non_negative_int, default=min(8, cores), help="processes that decode (%(default)s)")
-    add("--device", type=usable_device, default=best, help="cuda, cpu, mps, xpu (%(default)s)")
-    add("--save-stats", help="write the samples' mu, sigma, features to this .npz: a later --ref")
+    add("--workers", type=non_negative_int, default=8, help="threads that decode (%(default)s)")
+    add(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cpu, mps, xpu (%(default)s)",
+    )
+    add("--save-stats", type=new_npz, help="write the samples' mu, sigma, features to a .npz: a later --ref")
     add("--json", action="store_true", help="one JSON line: numbers, sets, counts, what made the features")
 
     args = parser.parse_args(argv)
-    of_inception = args.protocol != "adm" or args.inception_weights != "hub"
-    of_timm = args.features_weights != "hub"
-    if of_inception if args.features else of_timm:
-        parser.error("--protocol and --inception-weights need Inception, --features-weights needs --features")
+    if args.features_weights and not args.features:
+        parser.error("--features-weights needs --features")
 
     # A flag that is given wins over these defaults.
     if not (args.ref or args.save_stats):
@@ -371,18 +353,13 @@ def parse_args(argv=None):
 
 def defaults_of_samples(folder):
     """Read in FOLDER/settings.json, which sample.py writes, what the samples are to be compared with."""
-    defaults = {}
-    try:
-        settings = json.loads(Path(folder, "settings.json").read_bytes())
-    except (OSError, ValueError):
-        return defaults
-    match settings:
-        case {"demo": True}:
-            defaults.update(DEMO)
-    match settings:
-        case {"reference": str(path), "crop": int(size)} if size > 0:
-            defaults.update(ref=os.path.abspath(path), crop=size)
-    return defaults
+    path = Path(folder, "settings.json")
+    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    if not settings.get("reference"):
+        return {}
+    # A whole path is no name of a reference batch.
+    defaults = {"ref": os.path.abspath(settings["reference"]), "crop": settings["crop"]}
+    return defaults | DEMO if settings["demo"] else defaults
 
 
 def positive_int(text, least=1):
@@ -407,13 +384,21 @@ def usable_device(name):
         raise argparse.ArgumentTypeError(f"{name}: no such device on this machine") from None
 
 
+def new_npz(path):
+    """Convert the text of a flag to the path of an .npz that can be written and replaces no other file."""
+    new = path.endswith(".npz") and not os.path.exists(path)
+    if not (new and os.access(Path(path).parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{path}: expected a new .npz in a folder that can be written into")
+    return path
+
+
 # ---- Sets ----
 
 
 class ImageSet:
     """An ImageSet is a folder of images, or an .npz of images, of statistics or of both.
 
-    items: paths of images, or indices of arr_0. made_by: maker of the features that the moments are of.
+    items: paths of images, or images (H,W,3). made_by: maker of the features that the moments are of.
     """
 
     shape = None  # (3,H,W) of all images
@@ -436,16 +421,12 @@ class ImageSet:
                 arrays = {}
                 self.items = list_images(path, set())
             if "arr_0" in arrays:
-                self.items = range(len(map_npz(path)))
+                self.items = list(map_npz(path))
             # mu and sigma are of all images, uncropped.
             if "mu" in arrays and not (num or crop):
-                mu = arrays["mu"]
-                sigma = arrays["sigma"]
-                if sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
-                    raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}: not moments, or not finite")
-                self.moments = (mu, sigma)
-                # Files of others, such as ADM's, do not say who made them.
-                self.made_by = str(arrays.get("made_by", "adm inception" if len(mu) == 2048 else "others"))
+                self.moments = (arrays["mu"], arrays["sigma"])
+                # ADM's files do not say who made them.
+                self.made_by = str(arrays.get("made_by", "adm inception"))
                 if "features" in arrays:
                     self.features = torch.from_numpy(arrays["features"]).float()
         # The file system, zipfile and numpy raise many kinds.
@@ -463,38 +444,32 @@ class ImageSet:
             num = min(num, number)
             step = number / num if spread else 1
             self.items = [self.items[int(i * step)] for i in range(num)]
+        # The Inception Score is of splits in this order: those of sorted classes would hold few classes each.
+        if not path.endswith(".npz"):
+            np.random.default_rng(0).shuffle(self.items)
         if self.items:
-            first = self.read(self.items[:1])
-            if isinstance(first, str):
-                raise SystemExit(first)
-            self.shape = first.shape[1:]
+            self.shape = self.read(self.items[0]).shape
 
-    def read(self, items):
-        """Read a batch of images -> array (B,3,H,W), or a line of text on the first that can't be used.
-
-        Errors travel as text: an exception would leave a loading process together with its traceback. Arrays
-        travel through a pipe: tensors would take shared memory, of which a container may have little.
-        """
-        images = []
-        for item in items:
+    def read(self, item):
+        """Read an image -> uint8 (3,H,W). Raises SystemExit for one that can't be used."""
+        if isinstance(item, np.ndarray):
+            image = Image.fromarray(item)
+        else:
             try:
-                if self.path.endswith(".npz"):
-                    # Re-map per access: a memmap attribute would be pickled in full for spawned workers.
-                    image = Image.fromarray(map_npz(self.path)[item])
-                else:
-                    with Image.open(item) as file:
-                        image = to_rgb(file)
+                with Image.open(item) as file:
+                    image = to_rgb(file)
             # Pillow's decoders raise many kinds.
             except Exception as error:
-                return f"{item!r}: not a readable image ({error!r}); repair or remove it"
-            if self.crop:
-                image = center_crop(image, self.crop)
-            pixels = pil_to_tensor(image)  # (3,H,W)
-            if self.shape not in (None, pixels.shape):
-                sizes = f"{[*pixels.shape]}, but {self.items[0]!r} is {[*self.shape]}"
-                return f"{item!r} is {sizes}; --crop makes those of the reference, or of the only set, equal"
-            images += [pixels]
-        return torch.stack(images).numpy()
+                sys.exit(f"{item!r}: not a readable image ({error!r}); repair or remove it")
+        if self.crop:
+            image = center_crop(image, self.crop)
+        pixels = pil_to_tensor(image)
+        if self.shape not in (None, pixels.shape):
+            raise SystemExit(
+                f"{item!r} is {[*pixels.shape]}, but {self.items[0]!r} is {[*self.shape]}; "
+                "--crop makes those of the reference, or of the only set, equal"
+            )
+        return pixels
 
 
 def choose_metrics(asked, sets, features):
@@ -503,16 +478,16 @@ def choose_metrics(asked, sets, features):
     sets: the samples and, where there is one, the reference.
     features: the name of a timm model, or None for Inception, which alone has classes.
     """
-    by_image = [bool(source.items or len(source.features)) for source in sets]
+    by_image = [len(source.items or source.features) for source in sets]
     possible = []
     if len(sets) == 2:
         possible += ["fid"]
+        if all(by_image):
+            possible += ["prec", "rec"]
     if by_image[0] and not features:
         possible += ["is"]
-    if by_image == [True, True]:
-        possible += ["prec", "rec"]
     metrics = asked.split(",") if asked else possible
-    if not set(possible).issuperset(metrics):
+    if set(metrics) - set(possible):
         raise SystemExit(
             f"--metrics {asked}: these sets allow {','.join(possible) or 'none'}; "
             "fid needs --ref, is needs images and Inception, prec and rec need images of both sets"
@@ -520,29 +495,12 @@ def choose_metrics(asked, sets, features):
     return metrics
 
 
-def check_target(path, sets):
-    """Raise SystemExit where --save-stats can't write, or would overwrite a set in use or another file."""
-    fits = path.endswith(".npz") and os.access(Path(path).parent, os.W_OK)
-    if os.path.exists(path):
-        in_use = any(os.path.samefile(path, source.path) for source in sets)
-        fits = fits and not in_use and zipfile.is_zipfile(path) and "made_by" in np.load(path)
-    if not fits:
-        raise SystemExit(
-            f"--save-stats {path}: expected an .npz in a folder that can be written into: "
-            "a new one, or one that fid.py wrote and that is no set in use"
-        )
-
-
 def save_statistics(path, source, made_by):
-    """Write an .npz that ImageSet reads. Raises SystemExit where it can't be written, as to a full disk."""
+    """Write an .npz that ImageSet reads. A half-written one has another name."""
     mu, sigma = source.moments
     temporary = f"{path}.{os.getpid()}.npz"
-    try:
-        np.savez(temporary, mu=mu, sigma=sigma, features=source.features, made_by=made_by)
-        os.replace(temporary, path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        sys.exit(f"--save-stats {path}: {error.strerror}")
+    np.savez(temporary, mu=mu, sigma=sigma, features=source.features, made_by=made_by)
+    os.replace(temporary, path)
 
 
 # ---- Weights and files of others ----
@@ -551,25 +509,18 @@ def save_statistics(path, source, made_by):
 def load_network(features, protocol, weights):
     """Load the network -> it, and what made its features: resize rule, name, digits of its weights' SHA-256.
 
-    features: the name of a timm model, or None for Inception. weights: `hub`, a file, for Inception `random`.
-    Raises SystemExit where they can't be had.
+    features: the name of a timm model, or None for Inception. weights: a file; `hub` or `random` for
+    Inception; None for those that timm fetches. Raises SystemExit where they can't be had.
     """
     try:
         if features:
-            network = TimmFeatures(features, None if weights == "hub" else read_weights(local_file(weights)))
-            # The digest is of the weights, not of a file: a local copy of the hub's is the same network.
-            digest = hashlib.sha256()
-            for value in network.state_dict().values():
-                digest.update(value.numpy())
-            return network, f"224px {features} {digest.hexdigest()[:8]}"
-
-        network = Inception(protocol)
-        if weights == "random":
-            return network.fold(), f"{protocol} inception random"
-        path = local_file(weights)
-        network.load_state_dict(read_weights(path))
-        digest = hashlib.sha256(Path(path).read_bytes())
-        return network.fold(), f"{protocol} inception {digest.hexdigest()[:8]}"
+            network = TimmFeatures(features, read_weights(weights) if weights else None)
+            made_by = f"224px {features}"
+        else:
+            network = Inception(protocol)
+            made_by = f"{protocol} inception"
+            if weights != "random":
+                network.load_state_dict(read_weights(weights))
     # The hub, torch, safetensors and timm raise many kinds. torch's text, cut here, goes on to advise trust.
     except Exception as error:
         sys.exit(
@@ -577,9 +528,16 @@ def load_network(features, protocol, weights):
             f"--features-weights takes timm's files, --inception-weights those of {URLS['hub']}"
         )
 
+    # The digest is of the weights, not of a file: a local copy of the hub's is the same network.
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.numpy())
+    return network if features else network.fold(), f"{made_by} {digest.hexdigest()[:8]}"
 
-def read_weights(path):
-    """Read the state dict in a .safetensors or .pt file, without running code."""
+
+def read_weights(name):
+    """Read the state dict in a .safetensors or .pt file, see local_file, without running code."""
+    path = local_file(name)
     if path.endswith(".safetensors"):
         return load_file(path)
     # A plain dict may lack num_batches_tracked.
@@ -593,8 +551,6 @@ def local_file(name):
     """
     if name.startswith("hub:"):
         owner, repository, file = name[4:].split("/", 2)
-        # The line comes first: without a network the download may take long to fail.
-        sys.stderr.write(f"fetching {name}\n")
         return hf_hub_download(f"{owner}/{repository}", file)
     if name not in URLS:
         return name
@@ -626,11 +582,6 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
-def ignore_interrupt(_worker):
-    """Leave Ctrl-C, which reaches every process of the terminal, to the one that runs main."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def list_images(folder, listed):
     """List the paths of all images below `folder`, each level in sorted order.
 
@@ -649,7 +600,8 @@ def list_images(folder, listed):
             continue
         if os.path.isdir(path):
             paths += list_images(path, listed)
-        elif name.lower().endswith(EXTENSIONS):
+        # Opening a named pipe waits for its writer.
+        elif name.lower().endswith(EXTENSIONS) and not Path(path).is_fifo():
             paths += [path]
     return paths
 
@@ -706,7 +658,7 @@ def map_npz(path):
         file.seek(header + file.read(512).find(b"\x93NUMPY"))
         np.lib.format.read_magic(file)
         shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or transposed or shape[3:] != (3,) or min(shape) < 1:
+        if dtype != np.uint8 or transposed or shape[3:] != (3,):
             raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N,H,W,3)")
         return np.memmap(file, np.uint8, "r", file.tell(), shape)
 
@@ -715,7 +667,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        # A second Ctrl-C ends the process at once.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.stderr.write("interrupted; nothing was written, the same command starts anew\n")
-        sys.exit(130)  # shells have 128 + SIGINT
+        sys.stderr.write("\ninterrupted; nothing was written, the same command starts anew\n")
+        os._exit(130)  # shells have 128 + SIGINT; sys.exit would wait for threads

@@ -1,20 +1,16 @@
 """fid.py against slow formulas, Pillow, scipy, torchvision, and the numbers of the programs it replaces."""
 
 import functools
-import gc
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
-import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -70,23 +66,16 @@ def arrays_of(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))])
 
 
-def write(path, text=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+def digest(network):
+    """Eight digits of the SHA-256 of all weights."""
+    content = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def run(capsys, *argv):
     """The JSON line of the command."""
     fid.main([str(word) for word in argv] + ["--json", "--workers", "0"])
     return json.loads(capsys.readouterr().out)
-
-
-def run_timm(capsys, place, *argv):
-    return run(capsys, *argv, "--features", "test_vit", "--features-weights", place / "test_vit.pth")
 
 
 class Colours(torch.nn.Module):
@@ -127,19 +116,26 @@ def weights():
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
+    """(a file of weights, what made the features of its network)."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(weights(), path)
-    return path
+    network = fid.Inception()
+    network.load_state_dict(weights())
+    return str(path), f"inception {digest(network)}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["adm", "pytorch-fid", "clean"])
 def test_numbers_of_the_programs_it_replaces(place, inception, capsys, protocol):
     expected, first_features = PEERS[protocol]
-    network, made_by = fid.load_network(None, protocol, str(inception))
-    assert made_by == f"{protocol} inception {digest(inception)}"
-    a, b = (fid.extract(fid.ImageSet(str(place / name)), network, 8, 0, torch.device("cpu")) for name in "ab")
-    np.testing.assert_allclose(a[0, :2], first_features, rtol=1e-4)
+    network, made_by = fid.load_network(None, protocol, inception[0])
+    assert made_by == f"{protocol} {inception[1]}"
+    # Batch norms are folded into convolutions.
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    sets = [fid.ImageSet(str(place / name)) for name in "ab"]
+    a, b = (fid.extract(source, network, 8, 0, torch.device("cpu")) for source in sets)
+    first = sets[0].items.index(str(place / "a/0/00.png"))
+    np.testing.assert_allclose(a[first, :2], first_features, rtol=1e-4)
     # 22 features span 22 dimensions, and the distance is the same in any orthonormal basis of them.
     basis, _ = torch.linalg.qr(torch.cat([a, b]).double().T)
     distance = fid.frechet_distance(*fid.moments(a.double() @ basis), *fid.moments(b.double() @ basis))
@@ -152,25 +148,14 @@ def test_numbers_of_the_programs_it_replaces(place, inception, capsys, protocol)
 
 def test_state_dict_is_torchvisions():
     with torch.device("meta"):
-        theirs = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    ours = fid.Inception()
-    state = ours.state_dict()
-    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+        reference = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    network = fid.Inception()
+    state = network.state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in reference.state_dict().items()}
     # The forward leaves out the last four children, of which the first is written out.
-    assert [name for name, _ in ours.named_children()][-4:] == ["Mixed_7c", "avgpool", "dropout", "fc"]
+    assert [name for name, _ in network.named_children()][-4:] == ["Mixed_7c", "avgpool", "dropout", "fc"]
     again = fid.Inception().state_dict()  # random, but seeded
     assert all(torch.equal(state[k], again[k]) for k in state if k != "fc.bias")  # that one is not used
-
-
-@pytest.mark.slow
-def test_batch_norms_are_folded_into_convolutions(inception):
-    network, _ = fid.load_network(None, "clean", str(inception))
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-    plain = fid.Inception("clean")
-    plain.load_state_dict(weights())
-    image = torch.randint(0, 256, (1, 3, 70, 50), dtype=torch.uint8)
-    with torch.inference_mode():
-        np.testing.assert_allclose(network(image), plain(image), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(20, 31), (400, 310)])
@@ -293,7 +278,7 @@ def test_position_embedding_as_dinov2s_authors_resize_it(monkeypatch):
     model = shallow("vit_small_patch14_dinov2")  # 518 px: 37 x 37 patches
     torch.nn.init.normal_(model.pos_embed, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(timm, "create_model", shallow)
-    network = fid.TimmFeatures("dinov2-small", model.state_dict())
+    network = fid.TimmFeatures("vit_small_patch14_dinov2", model.state_dict())
     found = network.model.pos_embed[0, 1:].reshape(16, 16, 384)
     assert torch.equal(network.model.pos_embed[:, :1], model.pos_embed[:, :1])
 
@@ -322,72 +307,68 @@ def test_position_embedding_as_dinov2s_authors_resize_it(monkeypatch):
 
 def opened(source):
     """All images of a set (N,H,W,3)."""
-    return source.read(source.items).transpose(0, 2, 3, 1)
+    return np.stack([source.read(item) for item in source.items]).transpose(0, 2, 3, 1)
 
 
-def test_sources_hold_the_same_images(place, tmp_path):
+def test_sets_hold_the_same_images(place, tmp_path):
+    """A folder's are shuffled, an .npz keeps its order; --num takes the first, --ref-num some of all."""
     array = arrays_of(place / "a")
     np.savez(tmp_path / "a.npz", array, np.arange(12))
-    for path in (place / "a", tmp_path / "a.npz"):
-        source = fid.ImageSet(str(path))
-        assert np.array_equal(opened(source), array)
-        copy = pickle.loads(pickle.dumps(source))  # as workers that are not forked get it
-        assert np.array_equal(opened(copy), array)
-        taken = {(4, False): [0, 1, 2, 3], (4, True): [0, 3, 6, 9], (5, True): [0, 2, 4, 7, 9]}
-        for (num, spread), expected in taken.items():
-            some = fid.ImageSet(str(path), num=num, spread=spread)
-            assert some.items == [source.items[i] for i in expected]
-        assert fid.ImageSet(str(path), num=99, spread=True).items == list(source.items)
-    assert len(pickle.dumps(source)) < 1000
+    for num, spread, taken in (
+        (None, False, range(12)),
+        (99, True, range(12)),
+        (4, False, [0, 1, 2, 3]),
+        (4, True, [0, 3, 6, 9]),
+        (5, True, [0, 2, 4, 7, 9]),
+    ):
+        order = np.random.default_rng(0).permutation(len(taken))
+        for path, expected in ((place / "a", array[[*taken]][order]), (tmp_path / "a.npz", array[[*taken]])):
+            source = fid.ImageSet(str(path), num=num, spread=spread)
+            assert np.array_equal(opened(source), expected)
 
 
 def test_npz_of_images_is_not_read_whole(tmp_path):
     np.savez(tmp_path / "x.npz", np.zeros((1000, 128, 128, 3), np.uint8))  # 49 MB
     tracemalloc.start()
     source = fid.ImageSet(str(tmp_path / "x.npz"), num=4, spread=True)
-    assert source.read(source.items[1:2]).shape == (1, 3, 128, 128)
+    assert source.read(source.items[1]).shape == (3, 128, 128)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6
 
 
 def test_listing_of_a_folder(tmp_path, monkeypatch):
-    """All images below it, sorted, whatever lies beside what; class folders mean nothing here."""
+    """All images below it, sorted; class folders mean nothing, named pipes are no images."""
     monkeypatch.chdir(tmp_path)
     files = ["x/10.PNG", "x/9.jpg", "x/a/2.webp", "x/a/b/1.bmp", "x/z.jpeg"]
-    for name in [*files, "x/notes.txt", "x/._9.jpg", "x/.hidden/9.jpg", "x/a/x.gif", "x/settings.json"]:
-        write(tmp_path / name)
+    for name in [*files, "x/notes.txt", "x/._9.jpg", "x/.hidden/9.jpg", "x/a/x.gif", "far/1.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo("x/pipe.png")
     (tmp_path / "x/empty").mkdir()
     assert fid.list_images("x", set()) == files
-    write(tmp_path / "far/1.png")
     (tmp_path / "far/2.png").symlink_to("1.png")
-    for link, target in {"loop": "loop", "x/a/parent": "..", "x/b": "../../far", "x/c": "../../far"}.items():
-        (tmp_path / link).symlink_to(tmp_path / "far" if "far" in target else target)
+    for link, target in {"far/loop": "loop", "x/a/parent": "..", "x/b": "../far", "x/c": "../far"}.items():
+        (tmp_path / link).symlink_to(target)
     assert fid.list_images("x", set()) == [*files[:4], "x/b/1.png", "x/b/2.png", files[4]]
 
-
-def test_listing_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("none/x.txt", "shut/a/x.png", "shut/b/x.png", "file.png"):
-        write(tmp_path / name)
+    # Root may read every folder.
     listdir = os.listdir
 
-    def refuse(folder):  # as for a folder without permission to read, which root has everywhere
-        if folder == "shut/b":
+    def refuse(folder):
+        if folder == "x/a":
             raise PermissionError(13, "Permission denied", folder)
         return listdir(folder)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    assert (
-        message(fid.ImageSet, "none") == "none: 0 images (.png .jpg .jpeg .webp .bmp), at least 4 are needed"
-    )
     for path, reason in {
         "missing": "No such file or directory: 'missing'",
-        "file.png": "Not a directory: 'file.png'",
-        "shut": "Permission denied: 'shut/b'",
+        "x/9.jpg": "Not a directory: 'x/9.jpg'",
+        "x": "Permission denied: 'x/a'",
+        "x/empty": "0 images (.png .jpg .jpeg .webp .bmp), at least 4 are needed",
     }.items():
         line = message(fid.ImageSet, path)
-        assert line.startswith(f"{path}: ") and f"{reason}" in line and "--ref are folders of images" in line
+        assert line.startswith(f"{path}: ") and reason in line
 
 
 def test_crop_is_the_references(place, capsys, tmp_path, colours):
@@ -421,54 +402,55 @@ def test_main_joins_images_and_formulas(place, capsys, colours):
     known = {"samples": str(place / "a"), "num": 12, "ref": str(place / "b"), "ref_num": 10}
     assert found == found | known | {"by": "adm inception 0"} and len(found) == 9
 
+    # Without --json a line has a metric, which can be asked for in any case.
+    fid.main([str(place / "a"), "--ref", str(place / "b"), "--metrics", "FID,Is"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {name: float(value) for name, value in lines} == pytest.approx(
+        {"fid": expected["fid"], "is": expected["is"]}, rel=1e-5
+    )
+
 
 # Statistics
 
 
 @pytest.mark.slow
-def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
-    expected = run_timm(capsys, place, place / "a", "--ref", place / "b")
-    saved = run_timm(capsys, place, place / "b", "--save-stats", tmp_path / "b.npz")
+def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path, monkeypatch):
+    def run_timm(*argv, weights=place / "test_vit.pth"):
+        return run(capsys, *argv, "--features", "test_vit", "--features-weights", weights)
+
+    expected = run_timm(place / "a", "--ref", place / "b")
+    saved = run_timm(place / "b", "--save-stats", tmp_path / "b.npz")
     state = torch.load(place / "test_vit.pth", weights_only=True)
-    content = b"".join(v.numpy().tobytes() for v in fid.TimmFeatures("test_vit", state).state_dict().values())
-    assert saved["by"] == f"224px test_vit {hashlib.sha256(content).hexdigest()[:8]}"
+    assert saved["by"] == f"224px test_vit {digest(fid.TimmFeatures('test_vit', state))}"
     assert saved["ref"] is None
     save_file(state, tmp_path / "copy.safetensors")  # the same weights in another file
-    copy = ["--features", "test_vit", "--features-weights", tmp_path / "copy.safetensors"]
-    assert run(capsys, place / "b", "--ref", tmp_path / "b.npz", *copy)["by"] == saved["by"]
-    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz")
+    again = run_timm(place / "b", "--ref", tmp_path / "b.npz", weights=tmp_path / "copy.safetensors")
+    assert again["by"] == saved["by"] == np.load(tmp_path / "b.npz")["made_by"]
+    found = run_timm(place / "a", "--ref", tmp_path / "b.npz")
     assert [found[key] for key in NUMBERS] == pytest.approx([expected[key] for key in NUMBERS], rel=1e-6)
-    assert np.load(tmp_path / "b.npz")["made_by"] == saved["by"]
-    found = run_timm(capsys, place, place / "a", "--ref", tmp_path / "b.npz", "--metrics", "rec")
+    found = run_timm(place / "a", "--ref", tmp_path / "b.npz", "--metrics", "rec")
     assert "fid" not in found and found["rec"] == expected["rec"]
 
 
-def wide(network):
-    """A network of 2,048 features, as ADM's mu is long: the mean colour and zeros."""
+def test_statistics_are_whole_or_not_there(place, tmp_path, monkeypatch, colours):
+    def full(path, **_arrays):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
 
-    class Wide(Colours):
-        def forward(self, images):
-            return torch.nn.functional.pad(super().forward(images), (0, 2045))
-
-    network = Wide()
-    network.fc.weight.data = torch.nn.functional.pad(network.fc.weight.data, (0, 2045))
-    return network
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        fid.main([str(place / "a"), "--save-stats", str(tmp_path / "x.npz")])
+    assert not (tmp_path / "x.npz").exists()
 
 
-def test_reference_batches_as_adms(place, capsys, tmp_path, monkeypatch):
+def test_reference_batches_as_adms(place, capsys, tmp_path, colours):
     """FID by mu and sigma, here shifted by 1, precision and recall by the images."""
-    monkeypatch.setattr(fid, "load_network", lambda *_: (wide(Colours()), "adm inception 0"))
-    # The eigenvalues of 2,048 dimensions take seconds; all but the first three are 0.
-    narrow = fid.frechet_distance
-    monkeypatch.setattr(
-        fid, "frechet_distance", lambda m1, s1, m2, s2: narrow(m1[:3], s1[:3, :3], m2[:3], s2[:3, :3])
-    )
     array = arrays_of(place / "b")
     colour = array.mean((1, 2)) - 128
-    mu, sigma = np.zeros(2048), np.zeros((2048, 2048))
-    mu[:3], sigma[:3, :3] = colour.mean(0) + 1, np.cov(colour, rowvar=False)
-    np.savez(tmp_path / "adm.npz", array, mu=mu, sigma=sigma)
-    np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma)
+    moments = {"mu": colour.mean(0) + 1, "sigma": np.cov(colour, rowvar=False)}
+    np.savez(tmp_path / "adm.npz", array, **moments)
+    np.savez(tmp_path / "moments.npz", **moments)
     for name, allowed in {"adm": {"fid", "is", "prec", "rec"}, "moments": {"fid", "is"}}.items():
         found = run(capsys, place / "b", "--ref", tmp_path / f"{name}.npz")
         assert {"fid", "is", "prec", "rec"} & found.keys() == allowed
@@ -485,123 +467,62 @@ def test_reference_batches_as_adms(place, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["--protocol pytorch-fid", "--protocol clean", "--features test_vit --features-weights {}"]
+    ("maker", "network"),
+    [
+        (None, "pytorch-fid inception 0"),
+        (None, "224px test_vit 0"),
+        ("clean inception 0", "adm inception 0"),
+        ("adm inception 6726825d", "adm inception 0"),
+    ],
 )
-def test_statistics_of_an_unknown_maker_hold_for_inception_and_adm_alone(
-    place, capsys, tmp_path, monkeypatch, words
-):
-    """As ADM's files are; the set against itself had a distance, since its mu is of other features."""
-    monkeypatch.setattr(fid, "load_network", LOADED)
-    if "protocol" in words:
-        protocol = words.split()[1]
-        monkeypatch.setattr(fid, "load_network", lambda *_: (wide(Colours()), f"{protocol} inception 0"))
-    array = arrays_of(place / "a")
-    np.savez(tmp_path / "both.npz", array, mu=np.ones(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "mine.npz", mu=np.ones(2048), sigma=np.eye(2048))
-    words = words.format(place / "test_vit.pth").split()
+def test_statistics_are_of_one_network(place, capsys, tmp_path, monkeypatch, maker, network):
+    """Those of an unknown maker, as ADM's, are of Inception and adm; a set has no distance from itself."""
+    monkeypatch.setattr(fid, "load_network", lambda *_: (Colours(), network))
+    moments = {"mu": np.ones(3), "sigma": np.eye(3)}
+    made_by = {"made_by": maker} if maker else {}
+    np.savez(tmp_path / "both.npz", arrays_of(place / "a"), **moments, **made_by)
+    np.savez(tmp_path / "mine.npz", **moments, **made_by)
     for name in ("both", "mine"):
-        for sets in (
-            [place / "a", "--ref", tmp_path / f"{name}.npz"],
-            [tmp_path / f"{name}.npz", "--ref", place / "a"],
-        ):
-            line = message(fid.main, [*map(str, sets), *words, "--workers=0"])
-            assert f"{name}.npz: mu and sigma are of adm inception, not of " in line
-            assert "--num and --ref-num take its images instead" in line
-    monkeypatch.setattr(fid, "frechet_distance", lambda m1, s1, m2, s2: float(abs(m1 - m2).max()))
-    assert run(capsys, place / "a", "--ref", tmp_path / "both.npz", "--ref-num", 12, *words)["fid"] < 1e-4
+        path = str(tmp_path / f"{name}.npz")
+        for sets in ([place / "a", "--ref", path], [path, "--ref", place / "a"]):
+            line = message(fid.main, [str(word) for word in sets])
+            assert line.startswith(
+                f"{path}: mu and sigma are of {maker or 'adm inception'}, not of {network}; "
+            )
+    assert run(capsys, place / "a", "--ref", tmp_path / "both.npz", "--ref-num", 12)["fid"] < 1e-4
 
 
-def test_statistics_are_of_the_network_asked_for(tmp_path, colours):
-    zeros, one = np.zeros(3), np.eye(3)
-    np.savez(tmp_path / "clean.npz", mu=zeros, sigma=one, made_by="clean inception 0")
-    np.savez(tmp_path / "other.npz", mu=zeros, sigma=one, made_by="adm inception 6726825d")
-    np.savez(tmp_path / "unknown.npz", mu=zeros, sigma=one)
-    np.savez(tmp_path / "mine.npz", mu=zeros, sigma=one, made_by="adm inception 0")
-    for name, maker in {
-        "clean": "clean inception 0",
-        "other": "adm inception 6726825d",
-        "unknown": "others",
-    }.items():
-        sets = [str(tmp_path / "mine.npz"), "--ref", str(tmp_path / f"{name}.npz")]
-        line = message(fid.main, sets)
-        assert line.startswith(f"{sets[2]}: mu and sigma are of {maker}, not of adm inception 0; ")
-
-
-def test_save_stats_overwrites_statistics_of_its_own_alone(place, tmp_path, capsys, colours):
-    images(tmp_path / "mine", 4, seed=3)
-    (tmp_path / "notes.npz").write_text("my notes")
-    np.savez(tmp_path / "images.npz", arrays_of(place / "a"))
-    np.savez(tmp_path / "adm.npz", arrays_of(place / "a"), mu=np.zeros(2048), sigma=np.eye(2048))
-    (tmp_path / "folder.npz").mkdir()
-    run(capsys, place / "a", "--save-stats", tmp_path / "a.npz")
-    run(capsys, place / "b", "--save-stats", tmp_path / "b.npz")
-    (tmp_path / "link.npz").symlink_to("b.npz")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.npz") if path.is_file()}
-    for target, sets in {
-        "notes.npz": [place / "a"],
-        "images.npz": [place / "a"],
-        "adm.npz": [place / "a"],
-        "folder.npz": [place / "a"],
-        "a.npz": [tmp_path / "a.npz"],
-        "b.npz": [place / "a", "--ref", tmp_path / "b.npz"],
-        "link.npz": [place / "a", "--ref", tmp_path / "b.npz"],
-    }.items():
-        line = message(fid.main, [*map(str, sets), "--save-stats", str(tmp_path / target)])
-        assert line.startswith(f"--save-stats {tmp_path / target}: expected an .npz ")
-    assert {path: path.read_bytes() for path in before} == before
-    run(capsys, place / "b", "--save-stats", tmp_path / "a.npz")  # its own, of no set in use
-    assert np.array_equal(np.load(tmp_path / "a.npz")["mu"], np.load(tmp_path / "b.npz")["mu"])
-
-
-def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch, colours):
-    def full(path, **_arrays):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    words = [str(place / "a"), "--workers=0", "--save-stats", str(tmp_path / "x.npz")]
-    assert message(fid.main, words) == f"--save-stats {words[3]}: No space left on device"
-    assert not list(tmp_path.iterdir())
-
-
-def test_batch_sizes_and_workers_agree(place, capsys, colours):
-    command = [place / "a", "--ref", place / "b"]
-    one = run(capsys, *command)
-    for options in (["--batch-size", 5], ["--batch-size", 7, "--workers", 2]):
-        found = run(capsys, *command, *options)
-        assert [found[key] for key in NUMBERS] == pytest.approx([one[key] for key in NUMBERS], rel=1e-5)
-
-
-def test_features_do_not_depend_on_the_batch(place):
+def test_features_do_not_depend_on_batch_or_threads(place):
     network, _ = LOADED("test_vit", "adm", str(place / "test_vit.pth"))
-    source = fid.ImageSet(str(place / "a"), num=5)
-    one, two = (fid.extract(source, network, size, 0, torch.device("cpu")) for size in (5, 2))
-    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    source = fid.ImageSet(str(place / "a"))
+    cases = ((12, 0), (5, 2), (1, 8))
+    one, *others = (fid.extract(source, network, *case, torch.device("cpu")) for case in cases)
+    for features in others:
+        np.testing.assert_allclose(features, one, rtol=1e-4, atol=1e-5)
 
 
 def test_inception_score_does_not_depend_on_the_order_of_a_folder(tmp_path, capsys, colours, monkeypatch):
-    """Splits of eight: four dark images come first in the folder, as classes do, then four light ones ..."""
+    """Splits of eight: in the folder sixteen dark images, a class, come before sixteen light ones."""
     monkeypatch.setattr(fid, "inception_score", functools.partial(fid.inception_score, split_size=8))
     array = np.full((32, 8, 8, 3), 8, np.uint8)
     array[16:] = 248
     for i, pixels in enumerate(array):
         Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
     np.savez(tmp_path / "sorted.npz", array)
-    order = np.random.default_rng(1).permutation(32)
-    np.savez(tmp_path / "mixed.npz", array[order])
-    features = 120 * np.sign(array[:, 0, 0, :1] - 128.0).repeat(3, 1).astype(np.float32)
-    moments = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
-    np.savez(tmp_path / "saved.npz", features=features, **moments, made_by="adm inception 0")
-    score = {}
-    for name in ("", "sorted.npz", "mixed.npz", "saved.npz"):
-        score[name] = run(capsys, tmp_path / name, "--metrics", "is")["is"]
-    assert score["sorted.npz"] == pytest.approx(1)  # its own order: each split is of one class
-    counts = [np.bincount(part // 16, minlength=2) / 8 for part in order.reshape(4, 8)]
-    shares = [np.exp(-np.sum(p[p > 0] * np.log(p[p > 0]))) for p in counts]
-    assert score["mixed.npz"] == pytest.approx(np.mean(shares), rel=1e-4)
-    assert score[""] == run(capsys, tmp_path, "--metrics", "is")["is"] > 1.7
-    assert score["saved.npz"] == pytest.approx(score[""], rel=1e-6)
+    mixed = np.random.default_rng(1).permutation(32)
+    np.savez(tmp_path / "mixed.npz", array[mixed])
+    run(capsys, tmp_path, "--save-stats", tmp_path / "saved.npz")
+
+    def score(order):
+        counts = [np.bincount(part // 16, minlength=2) / 8 for part in order.reshape(4, 8)]
+        return np.mean([np.exp(-np.sum(p[p > 0] * np.log(p[p > 0]))) for p in counts])
+
+    shuffled = score(np.random.default_rng(0).permutation(32))
+    assert shuffled > 1.7
+    expected = {"sorted.npz": 1, "mixed.npz": score(mixed), "": shuffled, "saved.npz": shuffled}
+    for name, value in expected.items():
+        found = run(capsys, tmp_path / name, "--metrics", "is")["is"]
+        assert found == pytest.approx(value, rel=1e-4), name
 
 
 # Flags, and what settings.json says
@@ -609,46 +530,32 @@ def test_inception_score_does_not_depend_on_the_order_of_a_folder(tmp_path, caps
 
 def test_settings_of_samples_are_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    chosen = ("ref", "crop", "inception_weights", "num", "ref_num")
+    names = ("ref", "crop", "inception_weights", "num", "ref_num")
 
     def values(*argv):
         args = fid.parse_args([*argv, "--metrics", "is"])
-        return tuple(getattr(args, name) for name in chosen)
+        return tuple(getattr(args, name) for name in names)
 
     normal = (None, None, "hub", None, None)
-    demo = ("data/demo", None, "random", 200, 200)
+    demo = (str(tmp_path / "data/demo"), 32, "random", 200, 200)
     mine = (str(tmp_path / "my images"), 48, "hub", None, None)
-    for number, (settings, expected) in enumerate(
-        [
-            ('{"demo": true, "seed": 0}', demo),
-            ('{"demo": true, "reference": "/x/demo", "crop": 64}', ("/x/demo", 64, *demo[2:])),
-            ('{"demo": false, "reference": "my images", "crop": 48}', mine),
-            ('{"reference": "my images", "crop": 48}', mine),
-            ('{"demo": false, "reference": null, "crop": 48}', normal),
-            ('{"demo": "yes", "reference": ["my images"], "crop": 48}', normal),
-            ('{"reference": "my images", "crop": "big"}', normal),
-            ('{"reference": "my images", "crop": 0}', normal),
-            ("{}", normal),
-            ("[]", normal),
-            ('{"dem', normal),
-            ("", normal),
-            ("\udcff", normal),
-        ]
+    for folder, settings, expected in (
+        ("demo", {"demo": True, "reference": "data/demo", "crop": 32}, demo),
+        ("mine", {"demo": False, "reference": "my images", "crop": 48}, mine),
+        ("released", {"demo": False, "reference": None, "crop": 48}, normal),
+        ("strange", {}, normal),
     ):
-        path = tmp_path / str(number) / "settings.json"
-        path.parent.mkdir()
-        path.write_bytes(settings.encode(errors="surrogateescape"))
-        assert values(str(number)) == expected, settings
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings.json").write_text(json.dumps(settings))
+        assert values(folder) == expected
     assert values("nowhere") == values("x.npz") == normal
     # A flag wins; with a reference, and for statistics of the samples alone, the file is not asked.
-    assert values("2", "--crop", "32") == (mine[0], 32, *mine[2:])
-    assert values("0", "--num", "5", "--inception-weights", "hub") == ("data/demo", None, "hub", 5, 200)
-    assert values("1", "--ref", "y") == ("y", *normal[1:])
-    assert values("2", "--ref", "y", "--crop", "9") == ("y", 9, *normal[2:])
-    assert values("2", "--save-stats", "x.npz") == normal
-    images(tmp_path / "4", 4, seed=0)
-    line = message(fid.main, ["4"])
-    assert "--ref is missing: the set to compare with; --metrics is (Inception Score) needs none" in line
+    assert values("mine", "--crop", "32") == (mine[0], 32, *mine[2:])
+    assert values("demo", "--num", "5", "--inception-weights", "hub") == (*demo[:2], "hub", 5, 200)
+    assert values("demo", "--ref", "y") == ("y", *normal[1:])
+    assert values("mine", "--ref", "y", "--crop", "9") == ("y", 9, *normal[2:])
+    assert values("mine", "--save-stats", "x.npz") == normal
+    assert "--ref is missing" in message(fid.main, ["strange"])
 
 
 def test_reference_and_crop_come_from_the_samples(place, tmp_path, monkeypatch, capsys, colours):
@@ -658,7 +565,7 @@ def test_reference_and_crop_come_from_the_samples(place, tmp_path, monkeypatch, 
     # A folder of this name is a folder here: only --ref means ADM's batch by it.
     images(tmp_path / "imagenet256", 10, seed=5)
     settings = {"reference": "imagenet256", "crop": 24, "demo": False}
-    write(tmp_path / "samples/settings.json", json.dumps(settings))
+    (tmp_path / "samples/settings.json").write_text(json.dumps(settings))
     found = run(capsys)
     expected = run(capsys, "samples", "--ref", tmp_path / "imagenet256", "--crop", 24)
     assert found == expected and found["ref_num"] == 10
@@ -683,72 +590,48 @@ def test_sets_are_opened_before_a_network(bad, monkeypatch):
         "nowhere --ref a": "nowhere: ",
         "a --ref nowhere": "nowhere: ",
         "nowhere --ref imagenet256": "nowhere: ",
-        "broken --ref a": "'broken/a.png': not a readable image",
+        "broken --ref a": "'broken/",
         "a --ref junk.npz": "junk.npz: ",
-        "a --ref nan_mu.npz": "nan_mu.npz: ",
         "one --ref a": "one: 1 images",
         "a --ref whole.npz --metrics prec": "--metrics prec: these sets allow fid,is; ",
-        "a --ref b --save-stats a": "--save-stats a: expected an .npz",
     }.items():
         assert message(fid.main, words.split()).startswith(start)
 
 
-def test_workers_follow_the_cores_of_this_process(monkeypatch):
-    for cores, expected in ((3, 3), (1, 1), (64, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        assert fid.parse_args(["--metrics", "is"]).workers == expected
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert fid.parse_args(["--metrics", "is"]).workers == 5
+def test_first_line(place, tmp_path, capsys, colours):
+    def first_line(*argv):
+        fid.main([str(word) for word in argv])
+        return capsys.readouterr().err.splitlines()[0]
 
-
-def first_line(capsys, *argv):
-    fid.main([str(word) for word in argv])
-    return capsys.readouterr().err.splitlines()[0]
-
-
-def test_first_line(place, tmp_path, capsys, colours, monkeypatch):
-    line = first_line(capsys, place / "a", "--ref", place / "b", "--device=cpu", "--workers=0")
+    line = first_line(place / "a", "--ref", place / "b", "--device=cpu")
     known = f"samples {place / 'a'}; num 12; ref {place / 'b'}; ref_num 10; by adm inception 0; fp32 on cpu; "
     assert line == known + "FID of fewer than 2048 images is biased"
-    # Settings.json is a file of another kind and no news.
-    write(place / "a/settings.json", "{}")
-    assert first_line(capsys, place / "a", "--ref", place / "b", "--device=cpu", "--workers=0") == line
-    line = first_line(capsys, place / "a", "--ref", place / "b", "--inception-weights=random", "--workers=0")
+    line = first_line(place / "a", "--ref", place / "b", "--inception-weights=random")
     assert line.endswith("an untrained network, as the demo's: its numbers compare with nothing")
+
     # One small set is enough for a bias, whichever it is.
     features = np.random.default_rng(0).normal(size=(2048, 3)).astype(np.float32)
     moments = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False), "made_by": "adm inception 0"}
     np.savez(tmp_path / "large.npz", features=features, **moments)
     np.savez(tmp_path / "small.npz", features=features[:2047], **moments)
     for samples, ref in (("large", "large"), ("large", "small"), ("small", "large")):
-        words = [tmp_path / f"{samples}.npz", "--ref", tmp_path / f"{ref}.npz", "--metrics=fid"]
-        assert ("biased" in first_line(capsys, *words)) == ("small" in (samples, ref))
+        line = first_line(tmp_path / f"{samples}.npz", "--ref", tmp_path / f"{ref}.npz", "--metrics=fid")
+        assert ("biased" in line) == ("small" in (samples, ref))
 
-
-def test_first_line_names_two_image_sizes(place, tmp_path, capsys, colours):
-    images(tmp_path, 5, seed=0, size=(24, 24))
-    for ref, crop, expected in (
-        (tmp_path, [], True),
-        (place / "b", [], False),
-        (tmp_path, ["--crop=16"], True),
+    # Images of two sizes are named, whether or not both sets are cropped to one.
+    images(tmp_path / "square", 5, seed=0, size=(24, 24))
+    a, b, square = place / "a", place / "b", tmp_path / "square"
+    for samples, ref, crop, two_sizes in (
+        (a, square, [], True),
+        (a, b, [], False),
+        (a, square, ["--crop=16"], True),
+        (square, a, ["--crop=24"], False),
     ):
-        words = [place / "a", "--ref", ref, "--metrics=fid", "--workers=0", *crop]
-        assert ("differ in size" in first_line(capsys, *words)) == expected
-    cropped = first_line(capsys, tmp_path, "--ref", place / "a", "--crop=24", "--metrics=fid", "--workers=0")
-    assert "differ in size" not in cropped
+        line = first_line(samples, "--ref", ref, "--metrics=fid", *crop)
+        assert ("differ in size" in line) == two_sizes
 
 
-def test_metrics_by_name_in_any_case(place, capsys, colours):
-    fid.main([str(place / "a"), "--ref", str(place / "b"), "--workers=0", "--metrics", "FID,Is"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["fid", "is"]
-    found = run(capsys, place / "a", "--ref", place / "b", "--metrics", "fid,is")
-    assert [float(line.split()[1]) for line in lines] == pytest.approx([found["fid"], found["is"]], rel=1e-5)
-
-
-def test_main_leaves_its_caller_as_it_found_it(place, monkeypatch):
-    """TF32 is off where features are computed, and there alone."""
+def test_tf32_is_off_where_features_are_computed_and_there_alone(place, monkeypatch):
     seen = []
 
     class Spy(Colours):
@@ -756,155 +639,43 @@ def test_main_leaves_its_caller_as_it_found_it(place, monkeypatch):
             seen.append(torch.backends.cudnn.allow_tf32)
             return super().forward(images)
 
-    def state():
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return (
-            handlers,
-            list(warnings.filters),
-            torch.backends.cudnn.allow_tf32,
-            torch.is_inference_mode_enabled(),
-        )
-
     monkeypatch.setattr(fid, "load_network", lambda *_: (Spy(), "adm inception 0"))
     for tf32 in (True, False):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-        before = state()
-        assert fid.main([str(place / "a"), "--ref", str(place / "b"), "--workers=0"]) is None
-        assert state() == before and before[2] is tf32
-        message(fid.main, [str(place / "nowhere")])
-        assert state() == before
+        fid.main([str(place / "a"), "--ref", str(place / "b")])
+        assert torch.backends.cudnn.allow_tf32 is tf32 and not torch.is_inference_mode_enabled()
     assert seen and not any(seen)
 
 
-def test_features_that_are_not_finite(place, monkeypatch):
-    class Broken(Colours):
-        def forward(self, images):
-            return super().forward(images) * torch.tensor([1, 1, float("nan")])
-
-    monkeypatch.setattr(fid, "load_network", lambda *_: (Broken(), "adm inception 0"))
-    line = message(fid.main, [str(place / "a"), "--ref", str(place / "b"), "--workers=0"])
-    assert line == f"{place / 'a'}: its features are not finite; are the weights the network's?"
-
-
-# Loading processes
-
-
-def stuck_set(tmp_path):
-    """A set whose fifth image never arrives."""
-    images(tmp_path / "set", 4, seed=0)
-    os.mkfifo(tmp_path / "set" / "x.png")
-    return fid.ImageSet(str(tmp_path / "set"))
-
-
-@pytest.fixture
-def limits(monkeypatch):
-    """Time limits of loaders (seconds); their minute takes 1.5 seconds here."""
-    limits = []
-    loader = torch.utils.data.DataLoader
-
-    def quick(*args, **options):
-        limits.append(options["timeout"])
-        return loader(*args, **options | {"timeout": options["timeout"] / 40})
-
-    monkeypatch.setattr(torch.utils.data, "DataLoader", quick)
-    return limits
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGTERM])
-def test_a_loading_process_that_dies(tmp_path, limits, number):
-    """SIGBUS is what a process without shared memory gets, SIGTERM what loaders end their processes with."""
-    source = stuck_set(tmp_path)
-
-    def kill():
-        while not multiprocessing.active_children():
-            time.sleep(0.01)
-        time.sleep(0.3)  # it has its own handlers by now
-        os.kill(multiprocessing.active_children()[0].pid, number)
-
-    threading.Thread(target=kill, daemon=True).start()
-    line = message(fid.extract, source, Colours(), 2, 1, torch.device("cpu"))
-    assert line.startswith(f"{source.path}: DataLoader worker (pid")
-    assert line.endswith("; try --workers 0 or, in a container, --shm-size=1g")
-
-
-@pytest.mark.slow
-def test_a_loading_process_that_is_stuck(tmp_path, limits):
-    source = stuck_set(tmp_path)
-    line = message(fid.extract, source, Colours(), 2, 1, torch.device("cpu"))
-    assert line.startswith(f"{source.path}: DataLoader timed out after 1.5 seconds; try --workers 0")
-    source.items = source.items[:4]
-    assert fid.extract(source, Colours(), 2, 0, torch.device("cpu")).shape == (4, 3)
-    assert limits == [60, 0]
-    # The process that is stuck is gone, too.
-    gc.collect()
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_loading_needs_no_shared_memory(place, monkeypatch):
-    """Tensors of a loading process lie in shared memory, arrays go through a pipe."""
-    assert type(fid.ImageSet(str(place / "a")).read([str(place / "a/0/00.png")])) is np.ndarray
-
-    def full(*_args, **_options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
-    source = fid.ImageSet(str(place / "a"))
-    line = message(fid.extract, source, Colours(), 2, 1, torch.device("cpu"))
-    assert "No space left on device; try --workers 0 or, in a container, --shm-size=1g" in line
-    gc.collect()  # the half of a loader warns here, not in another test
-
-
-def test_an_error_of_the_network_keeps_its_traceback(place):
-    class Wrong(Colours):
-        def forward(self, images):
-            raise RuntimeError("sizes of tensors must match")
-
-    with pytest.raises(RuntimeError, match="^sizes of tensors"):
-        fid.extract(fid.ImageSet(str(place / "a")), Wrong(), 2, 0, torch.device("cpu"))
+SLOW_THREADS = """
+import runpy, sys, threading, time
+from PIL import Image
+read = Image.open
+def wait(path):
+    if threading.current_thread() is not threading.main_thread():
+        sys.stderr.write("\\nreading\\n")
+        time.sleep(1)
+    return read(path)
+Image.open = wait
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 def test_interrupt_ends_in_one_line(place):
-    """Ctrl-C as a terminal sends it: to the process and to its workers."""
-    features = ["--features", "test_vit", "--features-weights", place / "test_vit.pth"]
-    words = [sys.executable, fid.__file__, place / "a", "--ref", place / "b", "--workers=2", "--batch-size=1"]
-    process = subprocess.Popen(
-        [str(word) for word in [*words, *features]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    line = process.stderr.readline()  # then the images come
-    os.killpg(process.pid, signal.SIGINT)
+    """Ctrl-C while threads read images."""
+    words = [place / "a", "--ref", place / "b", "--features", "test_vit"]
+    words += ["--features-weights", place / "test_vit.pth"]
+    script = SLOW_THREADS.replace("sys.argv[1]", repr(fid.__file__))
+    command = [sys.executable, "-c", script, *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.stderr.readline() != "reading\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=120)
-    assert process.returncode == 130 and out == "" and "fp32 on" in line
+    assert process.returncode == 130 and out == ""
     assert rest.splitlines()[-1].startswith("interrupted; nothing was written")
     assert "Traceback" not in rest
-
-
-@pytest.mark.slow
-def test_a_second_interrupt_ends_at_once(tmp_path):
-    """Here the end would take 100 seconds; the first Ctrl-C comes while a set without images is opened."""
-    os.mkfifo(tmp_path / "x.png")
-    for name in ("y", "z", "zz"):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    script = f"""
-import atexit, runpy, sys, time
-atexit.register(time.sleep, 100)
-sys.argv = ["fid.py", {str(tmp_path)!r}, "--ref", "x"]
-sys.stderr.write("started\\n")
-runpy.run_path({fid.__file__!r}, run_name="__main__")
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    assert process.stderr.readline() == "started\n"
-    fifo = os.open(tmp_path / "x.png", os.O_WRONLY)  # waits until fid.py reads
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("interrupted; nothing was written")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == -signal.SIGINT
-    os.close(fifo)
 
 
 # Damaged and hostile files
@@ -926,7 +697,6 @@ def test_damaged_npz_end_in_one_line(tmp_path):
         (tmp_path / "damaged.npz").write_bytes(data)
         try:
             source = fid.ImageSet(str(tmp_path / "damaged.npz"))
-            assert source.moments is None or np.isfinite(source.moments[1]).all()
             assert not source.items or opened(source).shape[3] == 3
         except SystemExit as stop:
             refused += 1
@@ -934,83 +704,50 @@ def test_damaged_npz_end_in_one_line(tmp_path):
     assert 200 < refused < 400
 
 
-def npy(header, data=b""):
-    """The bytes of an .npy whose header says what it likes."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 0, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (0, 8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': True, 'shape': (4, 8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8)}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': ()}",
-        "{'descr': '|O', 'fortran_order': False, 'shape': (4, 8, 8, 3)}",
+def test_hostile_npz_headers(tmp_path):
+    start = "{'descr': '|u1', 'fortran_order': False, 'shape': "
+    for header in (
+        start + "(-4, -8, 8, 3)}",
+        start + "(4000000000000, 8, 8, 3)}",
+        start + "(4000000000000, 0, 8, 3)}",
+        start + "(0, 8, 8, 3)}",
+        start + "(4, 8, 8)}",
+        start + "()}",
+        start.replace("False", "True") + "(4, 8, 8, 3)}",
+        start.replace("u1", "O") + "(4, 8, 8, 3)}",
         "{'descr': '|u1', 'fortran_order': False}",
         "__import__('os').abort()",
-    ],
-)
-def test_hostile_npz_headers(tmp_path, header):
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-        archive.writestr("arr_0.npy", npy(header, bytes(4 * 8 * 8 * 3)))
-    line = message(fid.ImageSet, str(tmp_path / "x.npz"))
-    assert "x.npz: " in line and "whole .npz of arr_0" in line
+    ):
+        text = header.encode().ljust(117) + b"\n"
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4 * 8 * 8 * 3)
+            archive.writestr("arr_0.npy", content)
+        assert "x.npz: " in message(fid.ImageSet, str(tmp_path / "x.npz")), header
 
 
-@pytest.mark.slow
 def test_hostile_images(tmp_path):
-    """Every file by itself, beside a good one of its size: its name in one line, or its pixels."""
+    """Each file by itself, beside good ones of its size: its name in one line. Good ones: test_images.py."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    turned = Image.Exif()
-    turned[0x0112] = 8
-    good = {
-        "spaces and \u00e9\u4e2d.png": lambda file: Image.fromarray(noise).save(file),
-        "cmyk.jpg": lambda file: Image.fromarray(noise).convert("CMYK").save(file),
-        "deep.png": lambda file: Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(file),
-        "palette.png": lambda file: Image.fromarray(noise).convert("P").save(file, transparency=3),
-        "bits.png": lambda file: Image.fromarray(noise).convert("1").save(file),
-        "turned.jpg": lambda file: Image.fromarray(noise).save(file, exif=turned),
-        "upper.JPEG": lambda file: Image.fromarray(noise).save(file, "JPEG"),
-    }
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG")
-    bad = {
+    for name, write in {
         "truncated.jpg": lambda file: file.write_bytes(buffer.getvalue()[:700]),
         "zero.png": lambda file: file.write_bytes(b""),
-        "text.png": lambda file: file.write_text("hello\n"),
         "bomb.png": lambda file: Image.new("1", (20000, 20000)).save(file),
         "dangling.png": lambda file: file.symlink_to(tmp_path / "nowhere.png"),
         "flat.png": lambda file: Image.new("RGB", (4000, 1)).save(file),
         "new\nline.png": lambda file: file.write_bytes(b""),
         "dot.png": lambda file: Image.new("RGB", (1, 1)).save(file),
-    }
-    for number, (name, write_file) in enumerate((good | bad).items()):
-        folder = tmp_path / str(number)
+    }.items():
+        folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
-        for name_of_good in ("000.png", "001.png", "002.png"):
-            Image.fromarray(noise).save(folder / name_of_good)
-        write_file(folder / name)
-        source = fid.ImageSet(str(folder))
-        if name in good:
-            assert source.read(source.items).shape == (4, 3, 64, 64)
-        else:
-            found = source.read(source.items)
-            assert repr(name)[1:-1] in found and "\n" not in found
-    cropped = fid.ImageSet(str(folder), crop=32)
-    assert cropped.read(cropped.items).shape == (4, 3, 32, 32)  # the last is 1 x 1, scaled up
+        for good in ("000.png", "001.png", "002.png"):
+            Image.fromarray(noise).save(folder / good)
+        write(folder / name)
+        assert repr(name)[1:-1] in message(lambda path: opened(fid.ImageSet(path)), str(folder))
 
 
 # Files of others
-
-
-def test_urls():
-    assert "imagenet/256/" in fid.URLS["imagenet256"] and "imagenet/512/" in fid.URLS["imagenet512"]
-    assert fid.URLS["hub"].endswith("pt_inception-2015-12-05-6726825d.pth")  # SHA-256 6726825d0af5f729...
 
 
 @pytest.fixture
@@ -1030,15 +767,18 @@ class SmallInception(Colours):
 def test_download_checks_the_hash(tmp_path, monkeypatch, small_inception):
     """The released file's name ends in the first digits of its SHA-256: any other content is refused."""
     released = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(Colours().state_dict(), released)
+    assert fid.URLS["hub"].endswith(released.name)
+    network = Colours()
+    torch.save(network.state_dict(), released)
     monkeypatch.setitem(fid.URLS, "hub", released.as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     assert "invalid hash value" in message(fid.load_network, None, "adm", "hub")
     assert not list((tmp_path / "hub").rglob("*.pth"))
-    renamed = released.rename(tmp_path / f"inception-{digest(released)}.pth")
+    digits = hashlib.sha256(released.read_bytes()).hexdigest()[:8]
+    renamed = released.rename(tmp_path / f"inception-{digits}.pth")
     monkeypatch.setitem(fid.URLS, "hub", renamed.as_uri())
     fetched, copied = (fid.load_network(None, "adm", weights)[1] for weights in ("hub", str(renamed)))
-    assert fetched == copied == f"adm inception {digest(renamed)}"
+    assert fetched == copied == f"adm inception {digest(network)}"
 
 
 @pytest.fixture
@@ -1081,55 +821,50 @@ def npz_bytes(**arrays):
 
 def test_reference_batches_are_fetched_once(place, capsys, monkeypatch, server, tmp_path, colours):
     files, requests, address = server
+    assert "imagenet/256/" in fid.URLS["imagenet256"] and "imagenet/512/" in fid.URLS["imagenet512"]
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "imagenet256/0.png")  # the name means the reference batch all the same
+    (tmp_path / "imagenet256").mkdir()  # the name means the reference batch all the same
     monkeypatch.setitem(fid.URLS, "imagenet256", f"{address}/256/batch.npz")
     content = npz_bytes(arr_0=arrays_of(place / "b"), mu=np.zeros(64), sigma=np.eye(64))
     files["/256/batch.npz"] = (content, len(content))
     (tmp_path / "copy.npz").write_bytes(content)
     some = ("--ref-num", 99)  # not its mu and sigma, which would be of Inception
     expected = run(capsys, place / "a", "--ref", tmp_path / "copy.npz", *some)
-    first = run(capsys, place / "a", "--ref", "imagenet256", *some)
-    assert first == expected | {"ref": "imagenet256"} and requests == ["/256/batch.npz"]
-    folder = tmp_path / "hub/hub/checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["batch.npz"]
-    assert (folder / "batch.npz").read_bytes() == content
-    assert run(capsys, place / "a", "--ref", "imagenet256", *some) == first
-    assert requests == ["/256/batch.npz"]  # no second one
+    for _ in range(2):
+        assert run(capsys, place / "a", "--ref", "imagenet256", *some) == expected | {"ref": "imagenet256"}
+    assert requests == ["/256/batch.npz"]
+    (path,) = (tmp_path / "hub/hub/checkpoints").iterdir()
+    assert path.name == "batch.npz" and path.read_bytes() == content
 
 
 def test_a_reference_batch_that_cannot_be_fetched(capsys, server, tmp_path, monkeypatch):
     files, _, address = server
     whole = npz_bytes(arr_0=np.zeros((4, 64, 64, 3), np.uint8), mu=np.zeros(64), sigma=np.eye(64))
-    for name, content, length in (
-        ("cut", whole[: len(whole) // 2], len(whole)),
-        ("tail", whole[:-30], len(whole)),
-        ("page", b"<html>", 6),
-    ):
-        files[f"/{name}.npz"] = (content, length)
+    files["/cut.npz"] = (whole[: len(whole) // 2], len(whole))
+    files["/tail.npz"] = (whole[:-30], len(whole))
+    files["/page.npz"] = (b"<html>", 6)
     free = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # a port where nothing listens
     free.server_close()
     for url, reason in {
-        f"{address}/cut.npz": "BadZipFile('File is not a zip file')",
-        f"{address}/tail.npz": "BadZipFile('File is not a zip file')",
-        f"{address}/page.npz": "BadZipFile('File is not a zip file')",
-        f"{address}/none.npz": "404: 'Not Found'",
+        f"{address}/cut.npz": "BadZipFile",
+        f"{address}/tail.npz": "BadZipFile",
+        f"{address}/page.npz": "BadZipFile",
+        f"{address}/none.npz": "404",
         f"http://127.0.0.1:{free.server_port}/x.npz": "Connection refused",
     }.items():
         monkeypatch.setitem(fid.URLS, "imagenet512", url)
         line = message(fid.local_file, "imagenet512")
-        assert line.startswith(f"{url}: ") and reason in line
-        assert line.endswith("; the flag takes a FILE, too: a local copy")
+        assert line.startswith(f"{url}: ") and reason in line and "FILE" in line
         assert capsys.readouterr().err.startswith(f"fetching {url}\n")  # before anything else
     assert not list((tmp_path / "hub/hub/checkpoints").iterdir())
 
 
-def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, capsys, small_inception):
+def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, small_inception):
     torch.save(Colours().state_dict(), tmp_path / "inception.pt")
-    asked = []
+    requested = []
 
     def download(repository, name):
-        asked.append((repository, name))
+        requested.append((repository, name))
         if name == "gone.pt":
             raise OSError("no such entry")
         return str(tmp_path / name.rpartition("/")[2])
@@ -1137,9 +872,8 @@ def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, capsys, small_i
     monkeypatch.setattr(fid, "hf_hub_download", download)
     _, by_name = fid.load_network(None, "adm", "hub:owner/repo/deep/inception.pt")
     _, by_file = fid.load_network(None, "adm", str(tmp_path / "inception.pt"))
-    assert by_name == by_file and asked == [("owner/repo", "deep/inception.pt")]
-    assert "fetching hub:owner/repo/deep/inception.pt" in capsys.readouterr().err
-    for name in ("hub:owner/repo/gone.pt", "hub:owner"):
+    assert by_name == by_file and requested == [("owner/repo", "deep/inception.pt")]
+    for name in ("hub:owner/repo/gone.pt", "hub:owner", str(tmp_path / "none.pt")):
         assert message(fid.load_network, None, "adm", name).startswith(f"Inception of {name}: ")
 
 
@@ -1149,30 +883,17 @@ def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, capsys, small_i
 @pytest.fixture(scope="module")
 def bad(place):
     """Inputs that can't be used, by name."""
-    Image.new("RGB", (32, 32)).save(place / "square.png")
-    for name, files in {
-        "empty": [],
-        "one": ["x.png"],
-        "broken": ["a.png", "w.png", "x.png", "y.png"],
-        "last": ["v.png", "w.png", "x.png", "y.png"],
-        "sizes": ["v.png", "w.png", "x.png", "y.png"],
-    }.items():
+    for name, files in {"one": "x", "broken": "vwxy", "last": "vwxy", "sizes": "vwxy"}.items():
         (place / name).mkdir()
         for file in files:
-            Image.new("RGB", (32, 32)).save(place / name / file)
-    (place / "broken" / "a.png").write_bytes(b"no image")
-    (place / "last" / "y.png").write_bytes(b"no image")
+            Image.new("RGB", (32, 32)).save(place / name / f"{file}.png")
+    for path in (*(place / "broken").iterdir(), place / "last/y.png"):
+        path.write_bytes(b"no image")
     Image.new("RGB", (32, 48)).save(place / "sizes" / "y.png")
     (place / "junk.npz").write_bytes(b"no zip")
     zeros, one = np.zeros(64), np.eye(64)
-    by = f"224px test_vit {fid.load_network('test_vit', 'adm', str(place / 'test_vit.pth'))[1][-8:]}"
-    good = dict(mu=zeros, sigma=one, features=one, made_by=by)
-    for key in ("mu", "sigma"):
-        np.savez(place / f"nan_{key}.npz", **good | {key: good[key] * np.nan})
-    np.savez(place / "shapes.npz", mu=zeros, sigma=one[:63])
-    np.savez(place / "column.npz", mu=zeros[:, None], sigma=one)
     np.savez(place / "half.npz", sigma=one)
-    np.savez(place / "whole.npz", mu=zeros, sigma=one, made_by=by)
+    np.savez(place / "whole.npz", mu=zeros, sigma=one)
     np.savez(place / "lone.npz", mu=zeros)
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez(place / "pickle.npz", mu=np.array([{}]), sigma=one)
@@ -1185,25 +906,13 @@ def bad(place):
 @pytest.mark.parametrize(
     ("samples", "options", "start", "end"),
     [
-        ("nowhere", "", "nowhere: ", ""),
         ("nowhere.npz", "", "nowhere.npz: ", "No such file"),
-        ("empty", "", "empty: 0 images (.png .jpg", "at least 4 are needed"),
         ("one", "", "one: 1 images", "at least 4 are needed"),
-        ("broken", "", "'broken/a.png': not a readable image ", "cannot identify image file"),
+        ("broken", "", "'broken/", "cannot identify image file"),
         ("last", "--batch-size 3", "'last/y.png': not a readable image ", "; repair or remove it"),
-        ("last", "--workers 1", "'last/y.png': not a readable image ", "cannot identify image file"),
-        (
-            "sizes",
-            "",
-            "'sizes/y.png' is [3, 48, 32], but 'sizes/v.png' is [3, 32, 32]; ",
-            "--crop makes those",
-        ),
-        ("sizes", "--batch-size 1", "'sizes/y.png' is [3, 48, 32], but 'sizes/v.png' is [3, 32, 32]; ", ""),
+        ("last", "--workers 2", "'last/y.png': not a readable image ", "cannot identify image file"),
+        ("sizes", "--batch-size 1", "'sizes/", "--crop"),
         ("junk.npz", "", "junk.npz: 'File is not a zip file'; ", "whole .npz of arr_0"),
-        ("nan_mu.npz", "", "nan_mu.npz: ", "not finite"),
-        ("nan_sigma.npz", "", "nan_sigma.npz: ", "not finite"),
-        ("shapes.npz", "", "shapes.npz: ", "mu (64,), sigma (63, 64): not moments"),
-        ("column.npz", "", "column.npz: ", "mu (64, 1), sigma (64, 64): not moments"),
         ("half.npz", "", "half.npz: 0 images", ""),
         ("lone.npz", "", "lone.npz: ", "sigma is not a file in the archive"),
         ("floats.npz", "", "floats.npz: ", "arr_0 is float64"),
@@ -1212,42 +921,31 @@ def bad(place):
         ("whole.npz", "--num 3", "whole.npz: 0 images", ""),
         ("a", "--ref whole.npz --ref-num 9", "whole.npz: 0 images", ""),
         ("a", "--ref whole.npz --crop 8", "whole.npz: 0 images", ""),
-        ("whole.npz", "--metrics prec", "--metrics prec: these sets allow fid; ", "prec and rec need images"),
+        ("whole.npz", "--metrics prec", "--metrics prec: these sets allow fid; ", "images of both sets"),
         ("a", "--metrics is", "--metrics is: these sets allow none; ", "is needs images and Inception"),
         ("a", "--metrics fid,kid", "--metrics fid,kid: these sets allow fid,prec,rec; ", ""),
-        (
-            "a",
-            "--save-stats nowhere/x.npz",
-            "--save-stats nowhere/x.npz: ",
-            "folder that can be written into",
-        ),
-        ("a", "--save-stats x", "--save-stats x: expected an .npz", ""),
+        ("a", "--save-stats nowhere/x.npz", "", "nowhere/x.npz: expected a new .npz in a folder"),
+        ("a", "--save-stats x", "", "argument --save-stats: x: expected a new .npz"),
+        ("a", "--save-stats whole.npz", "", "argument --save-stats: whole.npz: expected a new .npz"),
         ("a", "--num 0", "", "argument --num: expected a whole number from 1, got 0; --help lists the flags"),
         ("a", "--batch-size 1.5", "", "argument --batch-size: invalid positive_int value: '1.5'; --help"),
         ("a", "--workers -1", "", "argument --workers: expected a whole number from 0, got -1; --help"),
         ("a", "--device cpux", "", "argument --device: cpux: no such device on this machine; --help"),
-        ("a", "--device meta:x", "", "argument --device: meta:x: no such device on this machine; --help"),
         ("a", "--metric fid", "", "unrecognized arguments: --metric fid; --help lists the flags"),
-        ("a", "--protocol tf", "", "argument --protocol: invalid choice: 'tf'"),
         ("a", "--features no_such_model", "no_such_model of test_vit.pth: ", "Unknown model"),
         ("a", "--features-weights no.pth", "test_vit of no.pth: ", "No such file or directory"),
         ("a", "--features-weights wrong.pth", "test_vit of wrong.pth: ", "Missing key"),
         ("a", "--features-weights code.pth", "test_vit of code.pth: UnpicklingError", "takes timm's files"),
-        (
-            "a",
-            "--features= --features-weights hub --inception-weights code.pth",
-            "Inception of code.pth: ",
-            "",
-        ),
         ("a", "--features=", "", "--features-weights needs --features"),
-        ("a", "--protocol clean", "", "--protocol and --inception-weights need Inception"),
-        ("a", "--inception-weights random", "", "--protocol and --inception-weights need Inception"),
+        ("a", "--inception-weights random", "", "not allowed with argument --features"),
     ],
 )
-def test_bad_input_ends_in_one_line(bad, monkeypatch, small_inception, samples, options, start, end):
+def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, start, end):
     monkeypatch.chdir(bad)
     monkeypatch.setattr(fid, "load_network", LOADED)
     words = f"{samples} --ref b --workers 0 --features test_vit --features-weights test_vit.pth {options}"
     line = message(fid.main, words.split())
     assert line.startswith(start) and end in line
     assert "will likely succeed" not in line  # torch's advice to run the code in a file
+    if samples == "sizes":
+        assert "y.png" in line and "[3, 48, 32]" in line and "[3, 32, 32]" in line
