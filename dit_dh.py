@@ -18,10 +18,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch.nn import Conv2d, Embedding, Identity, Linear, Module, ModuleList, Parameter, Sequential, SiLU
 from torch.nn.init import normal_, xavier_uniform_, zeros_
 from torch.utils.checkpoint import checkpoint
+
+from rae_encoder import read_weights, reason
 
 # A DiT has the first three dimensions, a DiT-DH all six.
 DIMENSIONS = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
@@ -235,7 +236,6 @@ class DiT(Module):
     returns v in either case. checkpoint_activations = True trades time for memory in training.
     """
 
-    prediction = "v"
     base_depth = None  # only a DiT-DH has a base
     checkpoint_activations = False
 
@@ -274,7 +274,6 @@ class DiTDH(Module):
     and weaker output, which a final layer makes of the tokens after block D (RAEv2, section 5).
     """
 
-    prediction = "v"
     checkpoint_activations = False
 
     def __init__(
@@ -400,10 +399,11 @@ def load(path, flag="--flow"):
     """Return the network of a flow checkpoint: EMA weights if the file has them, fp32, on CPU, in eval mode.
 
     path is a file of flow_train.py or a released one (.pt, .safetensors): a state dict, bare or under "ema"
-    or "model", whose names may start with "module." or "_orig_mod.". Raises SystemExit, which names flag and
-    the first key that doesn't fit, for any other file.
+    or "model", whose names may start with "module." or "_orig_mod.". The network's attribute config is the
+    checkpoint's, or config_from_shapes of a bare file. Raises SystemExit, which names flag and the first key
+    that doesn't fit, for any other file.
     """
-    file = read(path, flag)
+    file = read_weights(path, flag)
     weights = file.get("ema") or file.get("model") or file
     state = {}
     for key, value in weights.items():
@@ -414,10 +414,10 @@ def load(path, flag="--flow"):
     if "t_embedder.W" not in state:
         raise SystemExit(f"{flag} {path}: not a flow checkpoint but {file.get('format', 'other data')}")
 
-    # On the meta device no weights are drawn that the file's then replace: 0.8 s instead of 12 for DiT-DH-XL.
-    with torch.device("meta"):
-        if file.get("format") == "rae-flow/1":
-            config = file["config"]
+    try:
+        config = file.get("config") or config_from_shapes(state)
+        # On the meta device no weights are drawn that the file's then replace: 0.8 s instead of 12 for XL.
+        with torch.device("meta"):
             model = build(
                 config["model"],
                 config["latent_shape"],
@@ -426,62 +426,40 @@ def load(path, flag="--flow"):
                 config["base_depth"],
                 **config["sizes"],
             )
-        else:
-            model = from_shapes(state)
-
-    # load_state_dict copies weights of any dtype into fp32 ones, and leaves none mapped to the file.
-    model.to_empty(device="cpu")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        # torch lists all keys that don't fit, from the second line on.
-        reason = str(error).split("\n\t")[1]
-        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({reason:.200})") from None
+        # load_state_dict copies weights of any dtype into fp32 ones, and leaves none mapped to the file.
+        model.to_empty(device="cpu").load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({reason(error)})") from None
+    model.config = config
     return model.eval()
 
 
-def from_shapes(state):
-    """Build the (untrained) network whose state dict this is, from tensor shapes alone.
+def config_from_shapes(state):
+    """The config of the DiT-DH whose state dict this is, as flow_train.py stores it, from shapes alone.
 
-    Shapes tell neither the prediction nor the base's depth: they become v and block 8, which is RAEv2's.
-    Raises KeyError for a state dict that lacks tensors.
+    Shapes tell neither the prediction nor the base's depth. The only recipe with a base is RAEv2's, whose
+    network predicts x and has its base after block 8; without a base the prediction is v. Raises KeyError for
+    a state dict that lacks tensors, as a DiT's.
     """
     _, tokens, width = state["pos_embed"].shape
     head_width, channels = state["x_embedder.proj.weight"].shape[:2]
     grid = math.isqrt(tokens)
-    latent_shape = (channels, grid, grid)
-    num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
     widths = [len(state[key]) for key in state if "norm1" in key]  # of the blocks
-
-    if "s_embedder.proj.weight" not in state:
-        heads = width // state["feat_rope.freqs_cos"].shape[1]
-        return build("DiT-S", latent_shape, num_classes, width=width, depth=len(widths), heads=heads)
-
     # Shapes don't tell body and head of one width apart; released heads have two blocks.
     head_depth = 2 if head_width == width else widths.count(head_width)
-    depth = len(widths) - head_depth
-    return build(
-        "DiT-DH-S",
-        latent_shape,
-        num_classes,
-        base_depth=8 if "base_layer.linear.weight" in state else None,
-        width=width,
-        depth=depth,
-        heads=width // state["enc_feat_rope.freqs_cos"].shape[1],
-        head_width=head_width,
-        head_depth=head_depth,
-        head_heads=head_width // state["dec_feat_rope.freqs_cos"].shape[1],
-    )
-
-
-def read(path, flag="--flow"):
-    """Return the dict in a flow checkpoint or a released file; tensors stay in the file until they are used.
-
-    Raises SystemExit, which names flag, for a file that can't be read or holds no dict.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    except Exception as error:  # torch's message would advise weights_only=False
-        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({type(error).__name__})") from None
+    has_base = "base_layer.linear.weight" in state
+    return {
+        "model": "DiT-DH-S",
+        "latent_shape": [channels, grid, grid],
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "prediction": "x" if has_base else "v",
+        "base_depth": 8 if has_base else None,
+        "sizes": {
+            "width": width,
+            "depth": len(widths) - head_depth,
+            "heads": width // state["enc_feat_rope.freqs_cos"].shape[1],
+            "head_width": head_width,
+            "head_depth": head_depth,
+            "head_heads": head_width // state["dec_feat_rope.freqs_cos"].shape[1],
+        },
+    }

@@ -14,27 +14,25 @@ Letters in shapes: B batch, C latent channels, G latent positions a side, S imag
 
 import argparse
 import json
-import math
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import BatchSampler, Subset
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import dit_dh
+from flow_train import default_shift, time_shift
 from rae_decoder_train import load_decoder
 from rae_encoder import (
     LATENTS,
@@ -42,7 +40,6 @@ from rae_encoder import (
     Encoder,
     ImageData,
     OneLineParser,
-    bounded,
     check_own_folder,
     check_ranks_agree,
     check_same,
@@ -55,14 +52,13 @@ from rae_encoder import (
     explicit_flags,
     fingerprint,
     join_ranks,
-    keep_freed_memory,
-    keeps_process_settings,
     layer_list,
     leave_ranks,
     load_images,
     load_statistics,
     local_file,
     non_negative_float,
+    non_negative_int,
     positive_float,
     positive_int,
     read_weights,
@@ -75,7 +71,6 @@ from rae_encoder import (
 )
 
 MAX_NUM = 1_000_000  # images of one seed
-FLOW = "runs/flow/last.pt"
 HUB = "hub:nyu-visionx/RAE-collections"
 # Presets list only what differs from the flag defaults. FID takes 50,000 images; those of 512 px more memory.
 PRESETS = {
@@ -110,20 +105,20 @@ def time_grid(steps, a, t_end=0.0):
     """
     # float64 keeps a time that equals an end of --guidance-interval inside of it.
     t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
-    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # rounding can pass 1 where a is below 1
+    return time_shift(t, a).clamp(max=1)  # rounding can pass 1 where a is below 1
 
 
-def sample_latents(velocity, noise, grid, solver="euler"):
+def sample_latents(velocity, noise, grid, *, heun=False):
     """Integrate dx/dt = velocity(x, t) along the times of grid from x = noise (B,C,G,G).
 
-    velocity takes t as a number. solver: "euler", or "heun", which is of second order.
+    velocity takes t as a number. The steps are Euler's, or with heun Heun's, which are of second order.
     """
     x = noise  # (B,C,G,G)
     times = grid.tolist()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         v = velocity(x, t)
         # Heun takes a plain Euler step on the last interval: the network is not trained at t = 0.
-        if solver == "heun" and t_next != times[-1]:
+        if heun and t_next != times[-1]:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
         x = x + (t_next - t) * v
     return x
@@ -180,47 +175,38 @@ def to_pixels(images):
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# Images that can be made: samples, or reconstructions of other images
+# Images that can be made: samples, or reconstructions of other images (open_reconstruction)
 
 
-class ImageSource(NamedTuple):
-    """Images that main() makes, with everything about them decided and checked."""
+def open_sampling(args, device):
+    """Open and check all that sampling needs; returns (num, summary, settings, images, None).
 
-    num: int
-    summary: str  # for the first line of output
-    settings: dict  # all that decides the pixels, and what fid.py asks for
-    images: Callable  # lists of indices below num -> for each list images (B,3,S,S)
-    classes: list = [0]  # samples take these labels in turn
-    originals: Subset | None = None  # None for samples
-
-
-def open_sampling(args, device, precision):
-    """Open and check all that sampling needs; returns an ImageSource.
-
-    Raises SystemExit for files that don't belong together and for what they can't do.
+    settings: all that decides the pixels, and what fid.py asks for. images: a function from lists of indices
+    below num to the images (B,3,S,S) of each. Raises SystemExit for files that don't belong together.
     """
     model, config = open_flow(args, args.flow, "--flow", device)
     path = choose_decoder(args, config)
     decoder, known = open_decoder(args, path, config, device)
     mean, std = open_statistics(args, known, device)  # (C,G,G) each
-    weak = open_weak(args, config, device)
+    weak = None
+    if args.autoguide is not None:
+        weak_path = args.autoguide or AUTOGUIDE[args.preset][0]
+        weak, weak_config = open_flow(args, weak_path, "--autoguide", device)
+        keys = (*LATENTS, "num_classes", "classes")
+        check_same(config, f"--flow {args.flow}", weak_config, f"--autoguide {weak_path}", keys)
 
     # The demo's small network draws shapes only when it is guided.
     demo = known.get("preset") == "demo"
     steps = args.steps or (25 if demo else 50)
-    scale = args.cfg
-    if scale is None:
-        scale = 2.0 if demo else 1.0
-    interval = args.guidance_interval
+    default_scale = 2.0 if demo else 1.0
+    scale = default_scale if args.cfg is None else args.cfg
     internal = args.internal_guidance
     if internal is not None and model.base_depth is None:
         raise SystemExit(f"--internal-guidance: {args.flow} has no base output (flow_train.py --base-depth)")
 
-    # Released files do not store the shift; compute it (section 4.2).
-    shift = args.shift or config.get("shift") or max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
+    shift = args.shift or config.get("shift") or default_shift(model.latent_shape)
     # The classes take turns, so that each has as many images: the protocol of the paper's FID.
     classes = class_numbers(args.classes, config.get("classes", []), model.num_classes)
-
     grid = time_grid(steps, shift, args.t_end)
 
     def sample_batch(indices):
@@ -228,48 +214,39 @@ def open_sampling(args, device, precision):
         noise = draw_noise(indices, model.latent_shape, args.seed).to(device)  # (B,C,G,G)
 
         def velocity(x, t):
-            return guided_velocity(model, x, t, y, weak, scale=scale, internal=internal, interval=interval)
+            return guided_velocity(model, x, t, y, weak, scale, internal, args.guidance_interval)
 
-        z = sample_latents(velocity, noise, grid, args.solver)  # (B,C,G,G)
+        z = sample_latents(velocity, noise, grid, heun=args.solver == "heun")  # (B,C,G,G)
         return decoder(z * std + mean)  # (B,3,S,S)
 
-    # The last three keys are for fid.py, all others decide the pixels.
+    # The last three keys are for fid.py.
     settings = {
         "flow": weights_hash({**model.state_dict(), "mean": mean, "std": std}),
         "decoder": known["decoder_hash"],
         "autoguide": weights_hash(weak.state_dict()) if weak else None,
         "classes": classes,
-        "seed": args.seed,
         "steps": steps,
         "solver": args.solver,
         "shift": shift,
         "t_end": args.t_end,
         "cfg": scale,
         "internal_guidance": internal,
-        "guidance_interval": interval,
-        "precision": precision,
+        "guidance_interval": args.guidance_interval,
         "reference": config.get("data"),
         "crop": decoder.grid * decoder.patch_size,
         "demo": demo,
     }
     summary = f"{args.flow}, {steps} {args.solver} steps, guidance {scale}, decoder {path}"
-    return ImageSource(args.num, summary, settings, lambda batches: map(sample_batch, batches), classes)
+    return args.num, summary, settings, lambda batches: map(sample_batch, batches), None
 
 
 def open_flow(args, path, flag, device):
-    """Open a flow; returns the network and what its file tells, of a bare one the shapes alone."""
-    if path == FLOW and not os.path.exists(path):
-        raise SystemExit(f"{flag} {path}: no such file; `torchrun flow_train.py` makes it")
+    """Open a flow; returns the network and what its file tells, of a bare one its shapes."""
     path = local_file(path, flag)
     model = dit_dh.load(path, flag).to(device)
     compile_blocks(model.blocks, args.compile, device)
-    file = dit_dh.read(path, flag)
-    config = {
-        "latent_shape": list(model.latent_shape),
-        "num_classes": model.num_classes,
-        **file.get("args", {}),
-        **file.get("config", {}),
-    }
+    file = read_weights(path, flag)
+    config = {**file.get("args", {}), **model.config}
     # Training stores the statistics beside the config.
     if "mean" in file:
         config["statistics"] = (file["mean"], file["var"])
@@ -285,8 +262,10 @@ def choose_decoder(args, config):
     if "decoder" not in args.explicit and own:
         # The decoder's own training may have gone on, or another may have taken its place.
         if weights_hash(read_weights(own["path"], f"--flow {args.flow} needs its --decoder")) != own["hash"]:
-            problem = f"{own['path']} is no longer the decoder of its training"
-            raise SystemExit(f"--flow {args.flow}: {problem}; name one by --decoder FILE")
+            raise SystemExit(
+                f"--flow {args.flow}: {own['path']} is no longer the decoder of its training; "
+                "name one by --decoder FILE"
+            )
         return own["path"]
     if not args.decoder:
         raise SystemExit(f"--flow {args.flow}: does not tell its decoder; name it by --decoder FILE")
@@ -301,7 +280,7 @@ def open_decoder(args, path, flow_config, device):
     config = {"encoder": timm_name(encoder), "latent_shape": shape, **config}
     check_same(flow_config, f"--flow {args.flow}", config, f"--decoder {path}")
     # The state dict lacks the pixels' mean and std.
-    config["decoder_hash"] = weights_hash({**decoder.state_dict(), "mean": decoder.mean, "std": decoder.std})
+    config["decoder_hash"] = weights_hash({**decoder.state_dict(), **dict(decoder.named_buffers())})
     return decoder.to(device), {**config, **flow_config}
 
 
@@ -315,17 +294,6 @@ def open_statistics(args, config, device):
     mean, var = statistics
     # The 1e-5 is in the normalisation that the network was trained with.
     return mean.to(device), (var + 1e-5).sqrt().to(device)
-
-
-def open_weak(args, config, device):
-    """The weak network of --autoguide, or None. Raises SystemExit for one of other latents or classes."""
-    if args.autoguide is None:
-        return None
-    path = args.autoguide or AUTOGUIDE[args.preset][0]
-    weak, weak_config = open_flow(args, path, "--autoguide", device)
-    keys = (*LATENTS, "num_classes", "classes")
-    check_same(config, f"--flow {args.flow}", weak_config, f"--autoguide {path}", keys)
-    return weak
 
 
 def class_numbers(text, names, num_classes):
@@ -345,8 +313,10 @@ def class_numbers(text, names, num_classes):
         same = [i for i, name in enumerate(names) if name == word]
         same = same or [i for i in range(num_classes) if str(i) == word]
         if len(same) != 1:
-            problem = f"fits {same or 'none'} of the classes 0 to {num_classes - 1}"
-            raise SystemExit(f"--classes {word}: {problem}; give a number or a name: {', '.join(names[:10])}")
+            raise SystemExit(
+                f"--classes {word}: fits {same or 'none'} of the classes 0 to {num_classes - 1}; "
+                f"give a number or a name: {', '.join(names[:10])}"
+            )
         numbers += same
     return numbers
 
@@ -354,61 +324,52 @@ def class_numbers(text, names, num_classes):
 # The command
 
 
-@keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks(args.device)
-    keep_freed_memory(device)
     precision, why = choose_precision(args.precision, device)
 
     # Everything that can be wrong is found before the work.
-    open_source = open_reconstruction if args.reconstruct else open_sampling
-    source = open_source(args, device, precision)
-    check_folder(args.out, source.settings)
-    check_ranks_agree(**source.settings)
-    files = [f"{args.out}/{i:06d}.png" for i in range(source.num)]
-    # A network disk may show each rank other files; those of rank 0 count.
-    answer = [[i for i, file in enumerate(files) if not is_whole(file)]]
-    if world > 1:
-        dist.broadcast_object_list(answer)
-    missing = answer[0]
-
+    open_images = open_reconstruction if args.reconstruct else open_sampling
+    num, summary, settings, images, originals = open_images(args, device)
+    settings.update(seed=args.seed, precision=precision)
+    check_folder(args.out, settings)
+    check_ranks_agree(**settings)
     if rank == 0:
-        write_file(f"{args.out}/settings.json", lambda file: file.write(json.dumps(source.settings).encode()))
-        demo = demo_notice(source.settings["demo"])
+        write_file(f"{args.out}/settings.json", lambda file: file.write(json.dumps(settings).encode()))
         print(
-            f"{demo}{source.summary} -> {source.num} images in {args.out}, "
-            f"{source.num - len(missing)} of them made before; {world} x {device.type}, {precision} ({why})",
+            f"{demo_notice(settings['demo'])}{summary} -> {num} images in {args.out}; "
+            f"{world} x {device.type}, {precision} ({why})",
             file=sys.stderr,
         )
 
-    # The ranks take turns, and the bar shows rank 0's share.
-    mine = missing[rank::world]
+    # The ranks take turns, whatever was made before, so none depends on the files that another one sees.
+    files = [f"{args.out}/{i:06d}.png" for i in range(num)]
+    mine = [i for i in range(rank, num, world) if not is_whole(files[i])]
     batches = list(BatchSampler(mine, max(1, args.batch_size // world), False))
-    progress = tqdm(total=len(mine), unit="image", disable=rank > 0)
+    progress = tqdm(batches, unit="batch", disable=rank > 0)
     # autocast keeps its bf16 copies of the weights until its region ends; one around all steps casts once.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.no_grad(), autocast, progress:
-        make_images(source.images(batches), batches, files, progress)
+    with torch.no_grad(), autocast:
+        make_images(images(batches), progress, files)
     if world > 1:
-        dist.barrier()
+        torch.distributed.barrier()
         leave_ranks()
     if rank > 0:
         return
 
     # The sheet and the .npz lie beside the folder, also that of `--out .`.
     beside = os.path.abspath(args.out)
-    write_sheet(f"{beside}.png", files, len(source.classes))
+    classes = settings.get("classes", [0])
+    write_sheet(f"{beside}.png", files, len(classes))
     if args.npz:
-        write_npz(f"{beside}.npz", files, source.classes)
-    if source.originals:
-        print(json.dumps(scores(files, source.originals, args.workers)))
-    others = len(list(Path(args.out).rglob("*.png"))) - source.num
+        write_npz(f"{beside}.npz", files, classes)
+    if originals:
+        print(json.dumps(scores(files, originals, args.workers)))
+    others = len(list(Path(args.out).rglob("*.png"))) - num
     beyond = f" (and {others} others, which fid.py counts as well)" if others else ""
-    following = (
-        f"; next: {shlex.join(['python', 'fid.py', args.out])}" if source.settings["reference"] else ""
-    )
-    print(f"all {source.num} images are in {args.out}{beyond}{following}", file=sys.stderr)
+    following = f"; next: {shlex.join(['python', 'fid.py', args.out])}" if settings["reference"] else ""
+    print(f"all {num} images are in {args.out}{beyond}{following}", file=sys.stderr)
 
 
 # Flags
@@ -416,14 +377,18 @@ def main(argv=None):
 
 def build_parser():
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released networks")
-
     # Networks have no flags of their sizes: the files tell these.
-    add = parser.add_argument_group("networks").add_argument
-    add("--flow", metavar="FILE", default=FLOW, help="or a released file (%(default)s)")
+    add = parser.add_argument_group("networks and images").add_argument
+    add("--preset", choices=PRESETS, help="imagenet256, imagenet512: the released networks")
+    add("--flow", metavar="FILE", default="runs/flow/last.pt", help="or a released file (%(default)s)")
     add("--decoder", metavar="FILE", help="or a released file; default: the one the flow was trained with")
     add("--raw-pixels", action="store_true", help="a bare decoder puts out [0,1] itself, as RAEv2's do")
     add("--encoder", help="of a bare decoder: gives mean and std; default: the flow's, else dinov2-base")
+
+    # torchrun takes --num for an abbreviation of a flag of its own.
+    add("-n", "--num", type=positive_int, default=400, help="images (%(default)s); under torchrun only as -n")
+    add("--seed", type=non_negative_int, default=0, help="noise i is of (seed, i) (%(default)s)")
+    add("--out", default="samples", help="folder, where a run goes on; sheet: OUT.png (%(default)s)")
 
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
@@ -438,7 +403,7 @@ def build_parser():
     )
     add("--shift", type=positive_float, help="of the times, 1 is off; default: as in training")
     add("--t-end", type=share_below_one, default=0.0, help="where times end, before the shift (%(default)s)")
-    add("--cfg", type=non_negative_float, metavar="SCALE", help="of guidance; default: 1 (off), the demo 2")
+    add("--cfg", type=non_negative_float, help="scale of guidance; default: 1 (off), the demo 2")
     add("--autoguide", metavar="FILE", nargs="?", const="", help="weak network to guide by, or the preset's")
     add(
         "--guidance-interval",
@@ -448,7 +413,7 @@ def build_parser():
         default=[0.0, 1.0],
         help="shifted times to guide at (%(default)s)",
     )
-    add("--internal-guidance", type=non_negative_float, metavar="SCALE", help="by the base output (RAEv2)")
+    add("--internal-guidance", type=non_negative_float, help="scale of guidance by the base output (RAEv2)")
     add("--npz", action="store_true", help="also OUT.npz with arr_0 images, arr_1 labels")
 
     reconstruction = parser.add_argument_group("reconstruction")
@@ -462,15 +427,6 @@ def build_parser():
     add = computing_flags(parser)
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 where faster; reconstruction: fp32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-
-    add = parser.add_argument_group("images").add_argument
-    # These bounds keep the images' own seeds apart (draw_noise).
-    number = bounded(int, lambda value: 1 <= value <= MAX_NUM, f"a whole number from 1 to {MAX_NUM:,}")
-    seed = bounded(int, lambda value: 0 <= value <= 4293, "a whole number from 0 to 4293")
-    # torchrun takes --num for an abbreviation of a flag of its own.
-    add("-n", "--num", type=number, default=400, help="images (%(default)s); under torchrun only as -n")
-    add("--seed", type=seed, default=0, help="noise i is of (seed, i) (%(default)s)")
-    add("--out", default="samples", help="folder, where a run goes on; sheet: OUT.png (%(default)s)")
     return parser, sampling, reconstruction
 
 
@@ -497,6 +453,8 @@ def parse_args(argv=None):
     low, high = args.guidance_interval
     if low >= high:
         raise SystemExit(f"--guidance-interval {low} {high}: expected MIN < MAX")
+    if (args.num or 0) > MAX_NUM or args.seed > 4293:
+        raise SystemExit(f"--num, --seed: beyond {MAX_NUM:,} and 4,293 two images would have one noise")
     needs_scale = "autoguide" in explicit or (
         "guidance_interval" in explicit and "internal_guidance" not in explicit
     )
@@ -508,17 +466,16 @@ def parse_args(argv=None):
 # Reconstruction
 
 
-def open_reconstruction(args, device, precision):
-    """Open and check what decode(encode(image)) needs. Raises SystemExit for another encoder or folder."""
+def open_reconstruction(args, device):
+    """Open and check what decode(encode(image)) needs; returns what open_sampling does and the originals.
+
+    Raises SystemExit for another encoder and for a folder that is also --out.
+    """
     root = Path(args.reconstruct).resolve()
     if Path(args.out).resolve().is_relative_to(root):
         raise SystemExit(f"--out {args.out}: lies in the folder that --reconstruct reads; name another")
     path = args.decoder or "runs/decoder/last.pt"
     decoder, config = open_decoder(args, path, {}, device)
-    demo = config.get("preset") == "demo"
-    if demo and not args.decoder and not root.is_relative_to(Path(config["data"]).resolve()):
-        raise SystemExit(f"{path} is the demo's, {args.reconstruct} is not: name another by --decoder FILE")
-
     size = decoder.grid * decoder.patch_size
     data = ImageData(args.reconstruct, size, skip_broken=args.skip_broken, flag="--reconstruct")
     # Fewer than all are drawn evenly over the classes.
@@ -538,34 +495,26 @@ def open_reconstruction(args, device, precision):
 
     def images(batches):
         loaded = load_images(originals, batches, device, args.workers)
-        for indices, (x, _) in zip(batches, loaded, strict=True):
-            with exact_fp32():  # these images are for evaluation
+        with exact_fp32():  # these images are for evaluation
+            for indices, (x, _) in zip(batches, loaded, strict=True):
                 z = encoder(x)  # (B,C,G,G)
                 if args.latent_noise:
                     z = z + args.latent_noise * draw_noise(indices, z.shape[1:], args.seed).to(device)
-                xhat = decoder(z)  # (B,3,S,S)
-            yield xhat
+                yield decoder(z)  # (B,3,S,S)
 
+    # Another picture under an old name has another time; lstat also tells that of a link to nothing.
+    times = [os.lstat(data.path(i)).st_mtime_ns for i in range(len(data))]
     settings = {
         **encoder.config(),
         "decoder": config["decoder_hash"],
-        "images": files_hash(data),
+        "images": data.hash + fingerprint([torch.tensor(times)]),
         "num": num,
         "latent_noise": args.latent_noise,
-        "seed": args.seed,
-        "precision": precision,
-        "reference": args.reconstruct if root.is_dir() else None,
+        "reference": str(root) if root.is_dir() else None,
         "crop": size,
-        "demo": demo,
+        "demo": config.get("preset") == "demo",
     }
-    return ImageSource(num, f"{data.summary()}, decoder {path}", settings, images, originals=originals)
-
-
-def files_hash(data):
-    """A hash of names, sizes and times of all images: another picture under an old name changes it."""
-    # lstat knows links to nothing, too: they are broken images, which the loader names or replaces.
-    files = [os.lstat(data.path(i)) for i in range(len(data))]
-    return data.hash() + fingerprint([torch.tensor([(file.st_size, file.st_mtime_ns) for file in files])])
+    return num, f"{data.summary()}, decoder {path}", settings, images, originals
 
 
 def scores(files, originals, workers):
@@ -577,7 +526,7 @@ def scores(files, originals, workers):
     psnr = []  # of each image
     for file, (x, _) in zip(files, loaded, strict=True):
         error = (to_pixels(x)[0] - np.array(Image.open(file), float)) / 255  # (S,S,3)
-        psnr.append(-10 * math.log10(max(1e-10, np.square(error).mean())))
+        psnr.append(-10 * np.log10(max(1e-10, np.square(error).mean())))
     return {"psnr": np.mean(psnr), "images": len(files), "broken": originals.dataset.broken.sum().item()}
 
 
@@ -596,8 +545,7 @@ def check_folder(out, settings):
             stored = {**dict.fromkeys(settings), **json.loads(Path(path).read_bytes())}
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"--out {out}: can't be used ({reason(error)}); name another folder") from None
-    keys = sorted(settings.keys() - {"reference", "crop", "demo"})
-    check_same(stored, f"--out {out}", settings, "this run", keys, "name another folder")
+    check_same(stored, f"--out {out}", settings, "this run", settings, "name another folder")
 
 
 def is_whole(file):
@@ -610,13 +558,13 @@ def is_whole(file):
         return False
 
 
-def save_image(path, pixels):
+def write_png(path, pixels):
     """Write pixels (H,W,3) as a PNG, without fsync: after a crash a cut one is made anew."""
     write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), sync=False)
 
 
-def make_images(made, batches, files, progress):
-    """Write the images (B,3,S,S) of each list of indices.
+def make_images(made, batches, files):
+    """Write the images (B,3,S,S) of each list of indices in batches.
 
     Raises SystemExit for images that are not finite, and writes none of their batch.
     """
@@ -625,11 +573,12 @@ def make_images(made, batches, files, progress):
         for indices, images in zip(batches, made, strict=True):
             for k, image in enumerate(images):
                 if not image.isfinite().all():
-                    advice = "--precision fp32 may help, or an earlier checkpoint"
-                    raise SystemExit(f"image {indices[k]} is not finite; {advice}")
+                    raise SystemExit(
+                        f"image {indices[k]} is not finite; "
+                        "--precision fp32 may help, or an earlier checkpoint"
+                    )
             # list() raises what a thread raised, map() alone would not.
-            list(threads.map(save_image, [files[i] for i in indices], to_pixels(images)))
-            progress.update(len(indices))
+            list(threads.map(write_png, [files[i] for i in indices], to_pixels(images)))
 
 
 def write_sheet(path, files, classes):
@@ -637,9 +586,8 @@ def write_sheet(path, files, classes):
     # A multiple of the number of classes gives each column one class.
     columns = min(10 // classes * classes or 10, len(files))
     rows = min(10, len(files) // columns)
-    images = [pil_to_tensor(Image.open(file)) for file in files[: rows * columns]]  # each (3,S,S)
-    sheet = make_grid(images, columns, padding=0)  # (3, rows * S, columns * S)
-    save_image(path, sheet.permute(1, 2, 0).numpy())
+    images = [to_tensor(Image.open(file)) for file in files[: rows * columns]]  # each (3,S,S)
+    write_file(path, lambda file: save_image(images, file, "PNG", nrow=columns, padding=0))
 
 
 def write_npz(path, files, classes):

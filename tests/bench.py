@@ -6,11 +6,9 @@
 
 A row has the median of five calls after a first one, in milliseconds, and the spread of the five, from the
 fastest to the slowest, as a share of it: differences below the spread mean nothing. Then come floating-point
-operations a second and two shares. All products are counted, those of attention as plain ones, whichever
-kernel ran. `of limit`: of the rate of a large square matrix product in the same precision, which is measured
-at the start and, since a shared machine drifts, once more at the end. `of own`: of the part's time the share
-in which its own products and convolutions would be done, each shape measured by itself, again and again, with
-its inputs in the cache: that is faster than any network can be, so this share is on the low side.
+operations a second, those of attention counted as plain products, whichever kernel ran, and `of limit`: the
+share of the rate of a large square matrix product in the same precision, which is measured at the start and,
+since a shared machine drifts, once more at the end.
 """
 
 import argparse
@@ -26,7 +24,6 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,9 +51,6 @@ import sample  # noqa: E402
 LATENT = (768, 16, 16)  # of DINOv2-B at 256 px
 CLASSES = 1000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ATEN = torch.ops.aten
-PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
-PRODUCTS |= {ATEN.convolution.default, ATEN.convolution_backward.default}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -81,49 +75,6 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products and convolutions by (operation, arguments without values)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-        self.args = {}
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation in PRODUCTS:
-            described = tree_map_only(torch.Tensor, lambda x: Described(x.shape, x.stride(), x.dtype), args)
-            self.calls[operation, repr(described)] += 1
-            self.args[operation, repr(described)] = described
-        return operation(*args, **kwargs or {})
-
-    def seconds(self):
-        """Of all of them together, each shape measured by itself."""
-        total = 0.0
-        for key, calls in self.calls.items():
-            inputs = tree_map_only(Described, Described.make, self.args[key])
-            run = partial(key[0], *inputs)
-            run()
-            total += calls * seconds_of(run)[0]
-        return total
-
-
-class Described:
-    """A tensor without its values."""
-
-    def __init__(self, shape, strides, dtype):
-        self.shape = tuple(shape)
-        self.strides = strides
-        self.dtype = dtype
-
-    def __repr__(self):
-        return f"{self.shape} {self.strides} {self.dtype}"
-
-    def make(self):
-        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        memory = torch.randn(size, device=DEVICE).to(self.dtype)
-        return memory.as_strided(self.shape, self.strides)  # strides of 0 as well, of an expanded bias
-
-
 class Table:
     """Prints a row at a time; knows the limit of each precision, with which rates are compared."""
 
@@ -133,13 +84,13 @@ class Table:
 
     def head(self):
         if not self.as_json:
-            titles = f"{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of limit':>10}{'of own':>8}{'images/s':>10}"
+            titles = f"{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of limit':>10}{'images/s':>10}"
             print(f"{'part':<48}{titles}")
 
     def add(self, part, run, images=0, precision=None):
         """Times run(), counting its operations where a precision is given; returns the seconds."""
         # torch counts no operations of the CPU's fused attention; of its plain products it does.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, Products() as products:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()
         run()
         seconds, spread = seconds_of(run)
@@ -147,7 +98,6 @@ class Table:
         if precision:
             row["gflops"] = counter.get_total_flops() / seconds / 1e9
             row["of_limit"] = row["gflops"] / self.limit[precision]
-            row["of_own"] = products.seconds() / seconds
         self.show(row, images)
         return seconds
 
@@ -181,7 +131,6 @@ class Table:
             f"{row['spread']:8.0%}" if "spread" in row else " " * 8,
             f"{row['gflops']:10.0f}" if "gflops" in row else " " * 10,
             f"{row['of_limit']:10.2f}" if "of_limit" in row else " " * 10,
-            f"{row['of_own']:8.2f}" if "of_own" in row else " " * 8,
             f"{row['images_per_s']:10.1f}" if images else "",
         ]
         print("".join(cells), flush=True)
@@ -243,18 +192,6 @@ def bench_dit(table, quick, precision):
         loss = partial(flow_train.flow_loss, x=x, y=y, t=t, eps=torch.randn_like(x))
         step = training_step(model.train(), loss, precision)
         table.add(f"{name} training step", step, batch, precision)
-
-
-def bench_compile(table, quick, precision):
-    """By name alone on a CPU, where compiling takes minutes."""
-    model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE).eval()
-    run = forward(partial(model, *flow_inputs(4)), precision)
-    name = f"DiT-DH-S batch 4 {precision} forward"
-    before = table.add(name, run, 4, precision)
-    rae_encoder.compile_blocks(model.blocks, True, DEVICE)
-    table.add_once("  compiling it, block by block", run)
-    after, _ = seconds_of(run)
-    table.note("  times faster", before / after)
 
 
 def bench_decoder(table, quick, precision):
@@ -323,33 +260,22 @@ def bench_programs(table, quick, precision):
         rae_encoder.draw_demo(data, num)
         images = rae_encoder.ImageData(data, 32)
         order = rae_encoder.even_order(len(images), num, 32)
-        table.add(
-            "loader, 32 px, no workers", lambda: list(rae_encoder.load_images(images, order, DEVICE)), num
-        )
+        load = partial(rae_encoder.load_images, images, order, DEVICE)
+        table.add("loader, 32 px, no workers", lambda: list(load()), num)
 
-        torch.save(dit_dh.build("DiT-S", (384, 16, 16), 10).state_dict(), f"{folder}/flow.pt")
+        torch.save(dit_dh.build("DiT-DH-XS", (384, 16, 16), 10).state_dict(), f"{folder}/flow.pt")
         decoder = rae_decoder_train.Decoder("ViT-S", 384, 16, 16, [0.5] * 3, [0.5] * 3)
         torch.save(decoder.state_dict(), f"{folder}/decoder.pt")
         torch.save({"mean": torch.zeros(384, 16, 16), "var": torch.ones(384, 16, 16)}, f"{folder}/stats.pt")
         files = [f"--{name}={folder}/{name}.pt" for name in ("flow", "decoder", "stats")]
-        out = os.path.join(folder, "samples")
-        commands = (
-            (
-                f"fid.py, {2 * num} images",
-                2 * num,
-                ["fid.py", data, "--ref", data, "--inception-weights", "random"],
-            ),
-            (
-                "sample.py, DiT-S, ViT-S, 5 steps",
-                8,
-                ["sample.py", *files, "--steps=5", "--num=8", "--out", out],
-            ),
-        )
-        for part, count, words in commands:
-            command = [sys.executable, *words]
-            table.add_once(
-                part, lambda c=command: subprocess.run(c, cwd=ROOT, check=True, capture_output=True), count
-            )
+        fid_words = ["fid.py", data, "--ref", data, "--inception-weights", "random"]
+        sample_words = ["sample.py", *files, "--steps=5", "--num=8", "--out", f"{folder}/samples"]
+        for part, count, words in (
+            (f"fid.py, {2 * num} images", 2 * num, fid_words),
+            ("sample.py, DiT-DH-XS, ViT-S, 5 steps", 8, sample_words),
+        ):
+            run = partial(subprocess.run, [sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+            table.add_once(part, run, count)
 
 
 # Memory of a training step, by tensors that have shapes but no values
@@ -555,72 +481,6 @@ def bench_memory_error(table, quick, precision):
             table.note("  counted / process", counted / real)
 
 
-# A data set of ImageNet's size
-
-
-def make_tree(folder, classes, images):
-    for k in range(classes):
-        path = os.path.join(folder, f"n{k:08d}")
-        os.mkdir(path)
-        for i in range(images):
-            os.close(os.open(os.path.join(path, f"n{k:08d}_{i}.JPEG"), os.O_CREAT | os.O_WRONLY))
-
-
-def listed(folder):
-    """(images, seconds, bytes at the peak, bytes that stay, bytes that a worker gains in an epoch)."""
-    own = own_bytes()
-    highest = most_bytes()
-    start = time.perf_counter()
-    data = rae_encoder.ImageData(folder, 256)
-    seconds = time.perf_counter() - start
-    peak = most_bytes() - highest
-    stays = own_bytes() - own
-    with multiprocessing.get_context("fork").Pool(1, remember, (data,)) as pool:
-        grown = pool.apply(growth_of_a_worker)
-    return len(data), seconds, peak, stays, grown
-
-
-def remember(data):
-    """Pool's way to hand a worker what it inherits, without a copy."""
-    growth_of_a_worker.data = data
-
-
-def growth_of_a_worker():
-    """Bytes of its own that a forked process gains by looking at every name once."""
-    before = own_bytes()
-    for i in range(len(growth_of_a_worker.data)):
-        growth_of_a_worker.data.path(i)
-    return own_bytes() - before
-
-
-def own_bytes():
-    """Of this process alone: pages that it shares with its parent are not in it."""
-    kilobytes = 0
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_"):
-            kilobytes += int(line.split()[1])
-    return 1024 * kilobytes
-
-
-def bench_listing(table, quick, precision):
-    """By name alone: 1,281,000 empty files in 1,000 folders are made and removed."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_tree(folder, 1000, 100 if quick else 1281)
-        table.add_once(
-            "os.scandir over all folders", lambda: sum(len(files) for *_, files in os.walk(folder))
-        )
-        num, seconds, peak, stays, grown = in_a_process(listed, folder)
-        table.show({"part": f"ImageData of {num} files", "ms": 1e3 * seconds}, 0)
-        table.note("  at the peak, MB", peak / 1e6)
-        table.note("  that stay, MB", stays / 1e6)
-        table.note("  a worker's own after an epoch, MB", grown / 1e6)
-        table.note("  pickled for a spawned worker, MB", len(pickled(folder)) / 1e6)
-
-
-def pickled(folder):
-    return multiprocessing.reduction.ForkingPickler.dumps(rae_encoder.ImageData(folder, 256).names)
-
-
 def main(argv=None):
     benches = {name[6:]: run for name, run in globals().items() if name.startswith("bench_")}
     raw = argparse.RawDescriptionHelpFormatter
@@ -631,19 +491,16 @@ def main(argv=None):
     parser.add_argument("--precision", choices=DTYPES, help="default: what the scripts would choose")
     args = parser.parse_args(argv)
 
-    by_name = {"memory", "memory_error", "listing"}
-    if DEVICE.type == "cpu":
-        by_name.add("compile")
+    by_name = {"memory", "memory_error"}
     chosen = [args.only] if args.only else [name for name in benches if name not in by_name]
 
     rae_encoder.join_ranks(DEVICE.type)
-    rae_encoder.keep_freed_memory(DEVICE)
     precision, why = rae_encoder.choose_precision(args.precision, DEVICE)
     threads = f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {DEVICE.type}, {threads}; {precision}: {why}", file=sys.stderr)
     torch.manual_seed(0)
     table = Table(args.json)
-    limited = args.only not in by_name - {"compile"}
+    limited = args.only not in by_name
     if limited:
         table.head()
         for each in DTYPES:
