@@ -20,8 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +151,7 @@ def train_step(
     # micro-batch, by the network.)
     t = draw_times(len(x), time_dist, shift, x.device)
     eps = torch.randn_like(x)
-    loss = torch.zeros((), device=x.device)
+    loss = 0
     optimizer.zero_grad()
     chunks = (value.chunk(accum) for value in (x, y, t, eps))
     for k, micro_batch in enumerate(zip(*chunks, strict=True)):
@@ -182,6 +181,7 @@ class LatentCache:
     @exact_fp32()  # statistics are taken of these latents
     def __init__(self, encoder, data, flip, share, workers, rank):
         self.seed = data.seed
+        self.flip = flip
         self.latents = torch.zeros(len(data), 1 + flip, encoder.width, encoder.grid, encoder.grid)
         self.labels = torch.zeros(len(data), dtype=torch.int64)
 
@@ -194,17 +194,15 @@ class LatentCache:
             self.latents[rows] = z.cpu()
             self.labels[rows] = y.cpu()
 
-    def __len__(self):
-        return len(self.labels)
-
     def batch(self, keys):
         """Latents (B,C,G,G) and labels (B,), mirrored by the draws that ImageData makes."""
         rows = [i for _, i in keys]
-        if self.latents.shape[1] == 1:
-            return self.latents[rows, 0], self.labels[rows]
-        # ImageData makes the same generator for image i in epoch e.
-        mirrored = [int(is_mirrored(np.random.default_rng((self.seed, *key)))) for key in keys]
-        return self.latents[rows, mirrored], self.labels[rows]
+        views = []  # 1 is the mirror
+        for key in keys:
+            # ImageData makes the same generator for image i in epoch e.
+            rng = np.random.default_rng((self.seed, *key))
+            views.append(int(self.flip and is_mirrored(rng)))
+        return self.latents[rows, views], self.labels[rows]
 
 
 def load_latents(source, encoder, mean, var, order, workers):
@@ -225,27 +223,26 @@ def load_latents(source, encoder, mean, var, order, workers):
             yield (z - mean) / std, y
 
 
-def open_latents(args, start, encoder, data, rank, world):
+def open_latents(args, start, config, encoder, data, rank, world):
     """(source, mean, var): images or with --cache-latents a LatentCache, and statistics (C,G,G).
 
     The statistics come from the run before, from --stats, or from the data.
     """
-    share = max(1, args.batch_size // world)
+    share = args.batch_size // world
     source = data
     if args.cache_latents:
         source = LatentCache(encoder, data, args.flip, share, args.workers, rank)
 
     device = encoder.mean.device
-    before = [start[key].to(device, copy=True) for key in ("mean", "var") if key in start]
-    # --stats is checked even when resuming, so that a different file is an error and not ignored.
-    if args.stats:
-        config = {**encoder.config(), "image_size": args.image_size}
-        mean, var = (value.to(device) for value in load_statistics(args.stats, config))
-        if before and not all(map(torch.equal, before, (mean, var))):
+    moments = load_statistics(args.stats, config) if args.stats else None
+    if start:
+        before = [start["mean"].clone(), start["var"].clone()]  # the file is mapped, and will be replaced
+        # Another file is an error, since it would be ignored in silence.
+        if moments and not all(map(torch.equal, moments, before)):
             raise SystemExit(f"--stats {args.stats}: not those of the run that goes on; leave it out")
-        return source, mean, var
-    if before:
-        return source, *before
+        moments = before
+    if moments:
+        return source, *(moment.to(device) for moment in moments)
 
     # Each rank needs at least one image.
     num = max(world, min(args.stats_images, len(data)))
@@ -254,10 +251,7 @@ def open_latents(args, start, encoder, data, rank, world):
         # latent_statistics adds up on the device, where ranks exchange the sums.
         batches = (source.latents[[i for _, i in keys]].to(device) for keys in order)
     else:
-        # No random flip here: encode_views adds the mirror image.
-        whole = copy.copy(data)
-        whole.augment = None
-        views = encode_views(encoder, whole, order, args.workers, args.flip)
+        views = encode_views(encoder, data, order, args.workers, args.flip)
         batches = (z for z, _ in tqdm(views, "latent statistics", len(order), disable=rank > 0))
     return source, *latent_statistics(batches)
 
@@ -265,14 +259,13 @@ def open_latents(args, start, encoder, data, rank, world):
 # The run
 
 
-@rae_encoder.keeps_process_settings()
+@rae_encoder.restores_signals()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)
 
-    # Images, networks, optimizer; a cache of latents has both views of an image
-    augment = "flip" if args.flip and not args.cache_latents else None
-    data = ImageData(args.data, args.image_size, augment, args.seed, args.skip_broken)
+    # Images, networks, optimizer
+    data = ImageData(args.data, args.image_size, seed=args.seed, skip_broken=args.skip_broken)
     steps, hold, decay = schedule(args, len(data), world)
     log = rae_encoder.open_log(args.out) if rank == 0 else None
     start = rae_encoder.read_start(args, FORMAT)
@@ -282,11 +275,12 @@ def main(argv=None):
     state = {"model": network, "ema": ema, "optimizer": optimizer}
 
     # The checkpoint of a run that stopped before this one
-    first = resume(start, config, state, steps)
-    step = first
-    rae_encoder.check_ranks_agree(step=step, images=data.hash(), encoder=encoder.hash, decoder=decoder_id)
+    step = first = resume(start, config, state, steps)
+    rae_encoder.check_ranks_agree(step=step, images=data.hash, encoder=encoder.hash, decoder=decoder_id)
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
-    source, mean, var = open_latents(args, start, encoder, data, rank, world)
+    source, mean, var = open_latents(args, start, config, encoder, data, rank, world)
+    # Statistics and caches have both views of an image, a training step has one of them.
+    data.augment = "flip" if args.flip else None
     model = rae_encoder.parallel(network, network.blocks, args.compile, device)
     # Added after resume has compared the configs: a run that goes on may have another decoder.
     config["decoder"] = decoder_id
@@ -302,8 +296,7 @@ def main(argv=None):
     latents = load_latents(source, encoder, mean, var, order, args.workers)
     stops = rae_encoder.catch_signals()
     skipped = Counter()
-    recent = []
-    since = time.time()
+    recent = defaultdict(list)  # the terms since the last report
     for x, y in until_stopped(latents, stops, device):
         seed_step(args.seed, step, rank)
         lr = learning_rate(step, hold, decay, args.lr, args.final_lr)
@@ -321,28 +314,25 @@ def main(argv=None):
             prediction=args.prediction,
             with_base=args.base_depth is not None,
         )
-        # A step that is not finite changed nothing, and is not in the means of the log.
-        recent.append(terms if finite else {})
         if finite:
             update_ema(ema, network, rae_encoder.ema_decay(args, steps))
         step += 1
-        count_skipped("network", finite, step, terms, skipped, stops, progress)
+        record_update("network", step, terms, finite, recent, skipped, stops, progress)
 
-        if step == steps or step % args.log_every == 0:
-            since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        preview = decoder_id and args.preview_every and (step == steps or step % args.preview_every == 0)
-        if rank == 0 and (step == steps or preview or step % args.save_every == 0):
+        final = step == steps
+        if final or stops or step % args.log_every == 0:
+            report(log, progress, step, recent, lr, skipped)
+        preview = decoder_id and args.preview_every and (final or step % args.preview_every == 0)
+        if rank == 0 and (final or preview or step % args.save_every == 0):
             save(args, state, step, checkpoint)
         if rank == 0 and preview:
             save_preview(args.out, step, log, args.decoder, len(data.classes), device)
         progress.update()
 
     # A run that ends early leaves its last good step.
-    if recent:
-        report(log, progress, step, recent, args.batch_size, since, lr, skipped)
     if rank == 0 and first < step < steps:
         save(args, state, step, checkpoint)
-    command = rae_encoder.next_command("sample.py", 1, args.out, "samples", flow=f"{args.out}/last.pt")
+    command = rae_encoder.next_command("sample.py", 1, "--flow", args.out, "samples")
     rae_encoder.end_of_run(args, rank, progress, step, steps, data, device, stops, command)
 
 
@@ -350,10 +340,10 @@ def open_networks(args, classes, device):
     """(encoder, network, EMA, config), as the flags say; config is for sample.py and a run that goes on."""
     torch.manual_seed(args.seed)  # all ranks and runs start alike
     encoder = rae_encoder.open_encoder(args)
-    config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip}
+    latent_shape = encoder.config()["latent_shape"]
     network = dit_dh.build(
         args.model,
-        config["latent_shape"],
+        latent_shape,
         len(classes),
         args.prediction,
         args.base_depth,
@@ -367,15 +357,18 @@ def open_networks(args, classes, device):
     network.checkpoint_activations = args.checkpoint_activations
     # The table is drawn with the released 0.02, so only its scale depends on the flag.
     network.y_embedder.embedding_table.weight.data *= args.label_std / 0.02
-    config.update(
-        model=args.model,
-        sizes=network.sizes,
-        prediction=args.prediction,
-        base_depth=args.base_depth,
-        classes=classes,
-        num_classes=len(classes),
-        shift=args.shift or default_shift(config["latent_shape"]),
-    )
+    config = {
+        **encoder.config(),
+        "image_size": args.image_size,
+        "flip": args.flip,
+        "model": args.model,
+        "sizes": network.sizes,
+        "prediction": args.prediction,
+        "base_depth": args.base_depth,
+        "classes": classes,
+        "num_classes": len(classes),
+        "shift": args.shift or default_shift(latent_shape),
+    }
     if args.init:
         initialise(network, config, args.init)
     network.to(device)
@@ -387,16 +380,10 @@ def initialise(network, config, path):
 
     For other classes only "no class" is taken of the labels. Raises SystemExit for other latents or sizes.
     """
-    path = rae_encoder.local_file(path, "--init")
     released = dit_dh.load(path, "--init")
-    sizes = {
-        "sizes": released.sizes,
-        "latent_shape": list(released.latent_shape),
-        "prediction": released.prediction,
-        "base_depth": released.base_depth,
-    }
-    source = {**sizes, **dit_dh.read(path, "--init").get("config", {})}
-    check_same(config, "this run", source, f"--init {path}", (*rae_encoder.LATENTS, "image_size", *sizes))
+    source = released.config
+    keys = (*rae_encoder.LATENTS, "image_size", "sizes", "prediction", "base_depth")
+    check_same(config, "this run", source, f"--init {path}", keys)
 
     weights = released.state_dict()
     # "No class" is the last row of the labels, and means the same for any data.
@@ -460,22 +447,30 @@ def parse_args(argv=None):
         "--hold-epochs", type=non_negative_float, default=40, help="at --lr (%(default)s; small: half of all)"
     )
     add("--decay-epochs", type=positive_float, default=800, help="end of decay (%(default)s; small: the end)")
-    start = "standard deviation of the class embeddings at the start, released (%(default)s; small: 1)"
-    add("--label-std", type=positive_float, default=0.02, help=start)
+    add(
+        "--label-std",
+        type=positive_float,
+        default=0.02,
+        help="standard deviation of the class embeddings at the start, released (%(default)s; small: 1)",
+    )
     add("--clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 is off (%(default)s)")
-    law = "of t before the shift: released, paper (%(default)s)"
-    add("--time-dist", choices=["logit-normal", "uniform"], default="logit-normal", help=law)
+    add(
+        "--time-dist",
+        choices=["logit-normal", "uniform"],
+        default="logit-normal",
+        help="of t before the shift: released, paper (%(default)s)",
+    )
     add(
         "--shift", type=positive_float, help="of the times; 1 is off; default: sqrt(C G G / 4096), at least 1"
     )
-    images = (
-        f"gives data, encoder, sizes, and decodes the previews; default: {DECODER}, if it is of the images"
+    add(
+        "--decoder",
+        metavar="FILE",
+        help=f"gives data, encoder, sizes, and decodes previews; default: {DECODER}, if it is of the images",
     )
-    add("--decoder", metavar="FILE", help=images)
 
     add = parser.add_argument_group("network").add_argument
-    names = f"{', '.join(dit_dh.NAMES)} (%(default)s)"
-    add("--model", type=dit_dh.model_name, metavar="NAME", default="DiT-DH-XL", help=names)
+    add("--model", choices=dit_dh.NAMES, default="DiT-DH-XL", help="(%(default)s)")
     add("--prediction", choices=["v", "x"], default="v", help="velocity, or clean latents (%(default)s)")
     add(
         "--base-depth", type=positive_int, help="a second output after so many blocks, to guide by (RAEv2: 8)"
@@ -493,7 +488,7 @@ def parse_args(argv=None):
     )
     add("--cache-latents", action=argparse.BooleanOptionalAction, help="encode all images once, into memory")
     explicit = rae_encoder.explicit_flags(parser, argv)
-    return rae_encoder.parse_with_preset(parser, PRESETS, argv, decoder_flags(explicit))
+    return rae_encoder.with_preset(parser, PRESETS, explicit, decoder_flags(explicit))
 
 
 def decoder_flags(explicit):
@@ -507,23 +502,30 @@ def decoder_flags(explicit):
     file = read_weights(path, "--decoder")
     if file.get("format") != "rae-decoder/1":
         return {"decoder": path}
-    known = {**file["args"], **file["config"]}
+    known = file["args"]
 
     # A decoder in the default place may be of another training.
     if "decoder" not in explicit:
-        other_data = os.path.realpath(explicit.get("data", known["data"])) != os.path.realpath(known["data"])
+        data = explicit.get("data", known["data"])
+        other_data = os.path.realpath(data) != os.path.realpath(known["data"])
         if other_data or explicit.get("preset", known["preset"]) != known["preset"]:
             return {}
-    if "encoder" in explicit:
-        encoder = {"encoder": rae_encoder.timm_name(explicit["encoder"])}
-        check_same(encoder, "this run", {"encoder": known["encoder"]}, f"--decoder {path}")
-    names = ("data", "preset", "skip_broken", "flip", "image_size", "patch_size")
-    encoder_names = ("encoder", "encoder_weights", "encoder_size", "layers")
-    flags = {"decoder": path, **{name: known[name] for name in (*names, *encoder_names)}}
-    # The size that the encoder sees follows from these two where they are given.
-    if {"image_size", "patch_size"} & explicit.keys():
-        del flags["encoder_size"]
-    return flags
+    encoder = rae_encoder.timm_name(explicit.get("encoder", known["encoder"]))
+    # An encoder may have to be fetched before its latents can be compared.
+    check_same({"encoder": encoder}, "this run", file["config"], f"--decoder {path}")
+    names = (
+        "data",
+        "preset",
+        "skip_broken",
+        "flip",
+        "image_size",
+        "patch_size",
+        "encoder",
+        "encoder_weights",
+        "encoder_size",
+        "layers",
+    )
+    return {"decoder": path, **{name: known[name] for name in names}}
 
 
 # ---- The plumbing of a training: the same words in rae_decoder_train.py and flow_train.py ----
@@ -544,24 +546,20 @@ def until_stopped(batches, stops, device):
     """
     batches = iter(batches)
     while True:
-        batch = None
         try:
             batch = next(batches, None)
         except SystemExit as problem:
             stops.append(problem)
-        stopping = len(stops) > 0
-        # A single process has no collective, and its GPU no sync.
-        if dist.is_initialized():
-            stopping = mean_over_ranks(torch.tensor(float(stopping), device=device)).item() > 0
-        if stopping or batch is None:
+        # The stop of one rank makes the mean of all ranks positive.
+        stopping = mean_over_ranks(torch.tensor(float(len(stops)), device=device))
+        if stopping > 0 or batch is None:
             return
         yield batch
 
 
 def adamw(network):
     """The paper's AdamW (appendix), whose learning rate each step sets; fused: one kernel for all weights."""
-    weights = network.parameters()
-    return torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+    return torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
 
 def seed_step(seed, step, rank):
@@ -576,38 +574,36 @@ def update_ema(ema, network, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
-def count_skipped(network, finite, step, terms, skipped, stops, progress):
-    """Count and print a skipped update of `network`; ten in a row, which mean divergence, end the run."""
-    in_a_row = f"{network} in a row"
-    skipped[in_a_row] = 0 if finite else skipped[in_a_row] + 1
+def record_update(network, step, terms, finite, recent, skipped, stops, progress):
+    """Add the terms of an update of `network` to the lists in `recent`, from which the log has means.
+
+    One that is not finite has changed nothing: it is counted and printed instead. Ten in a row mean
+    divergence and end the run.
+    """
     if finite:
+        skipped[network] = 0
+        for name, value in terms.items():
+            recent[name].append(value)
         return
+    skipped[network] += 1
     skipped["all"] += 1
     if not progress.disable:  # rank 0
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step}: the {network}'s update was skipped, not finite: {values}", sys.stderr)
-    if skipped[in_a_row] == 10:
+    if skipped[network] == 10:
         problem = f"step {step}: 10 updates of the {network} in a row not finite"
         stops.append(SystemExit(f"{problem}; try a lower --lr or --precision fp32"))
 
 
-def report(log, progress, step, recent, batch_size, since, lr, skipped):
-    """Log the mean of each term over the recent steps that have it, and images a second since `since`.
-
-    Clears `recent` and returns the new start time.
-    """
-    now = time.time()
-    names = {name: None for terms in recent for name in terms}  # a dict keeps their order
+def report(log, progress, step, recent, lr, skipped):
+    """Log the mean of each term over the updates since the last report, and clear `recent`."""
     record = {}
-    for name in names:
-        record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
-    # Previews and checkpoints are in that time, too.
-    record["images_per_s"] = round(len(recent) * batch_size / (now - since), 1)
+    for name, values in recent.items():
+        record[name] = torch.stack(values).mean().item()
     recent.clear()
     if log:
         write_log(log, step, {**record, "lr": lr, "skipped": skipped["all"]})
-    progress.set_postfix(loss=record.get("loss"), images_per_s=record["images_per_s"])
-    return now
+    progress.set_postfix(step=step, loss=record.get("loss"))
 
 
 def resume(start, config, state, steps):

@@ -11,13 +11,11 @@ The loss is L1, LPIPS and a GAN; noise on the latents makes the decoder forgive 
 Letters in shapes: B batch, C token width, G tokens a side, N = G*G, W decoder width, p patch, S image size.
 """
 
-import argparse
 import copy
 import math
 import sys
-import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 
 import lpips
 import numpy as np
@@ -39,10 +37,9 @@ from rae_encoder import (
     ImageData,
     check_same,
     even_order,
-    exact_fp32,
     load_images,
+    next_command,
     non_negative_float,
-    positive_int,
     read_weights,
     reason,
     training_order,
@@ -72,7 +69,6 @@ PRESETS = {
         "lr": 1e-3,
         "ema": 0.99,
         "log_every": 20,
-        "eval_every": 100,
         "preview_every": 100,
         "save_every": 100,
     },
@@ -86,7 +82,6 @@ PRESETS = {
         "lr": 1e-3,
         "ema": 0.99,
         "log_every": 20,
-        "eval_every": 200,
         "preview_every": 100,
         "save_every": 100,
     },
@@ -277,8 +272,8 @@ def diff_augment(x, u=None):
     first = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2) its first row and column
     rows, columns = (first[..., None] + torch.arange(size, device=x.device)).unbind(1)  # (B, S) each
     x = F.pad(x, [reach] * 4)
-    x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[-1]))
-    x = x.gather(3, columns[:, None, None, :].expand(-1, 3, size, -1))  # (B, 3, S, S)
+    x = x.take_along_dim(rows[:, None, :, None], 2)
+    x = x.take_along_dim(columns[:, None, None, :], 3)  # (B, 3, S, S)
 
     # Each change of colour works on the result of the one before it.
     brightness, saturation, contrast = u[:, 2:].mT[..., None, None, None]  # (B, 1, 1, 1) each
@@ -345,17 +340,15 @@ def decoder_step(
     nothing is updated.
     """
     # Each image has its own sigma: U(0, tau) is released, |N(0, tau^2)| is the paper's.
-    if noise_law == "uniform":
-        sigma = noise_tau * torch.rand(len(z), 1, 1, 1, device=z.device)
-    else:
-        sigma = noise_tau * torch.randn(len(z), 1, 1, 1, device=z.device).abs()
+    draw = torch.rand if noise_law == "uniform" else torch.randn
+    sigma = noise_tau * draw(len(z), 1, 1, 1, device=z.device).abs()
     noisy = z + sigma * torch.randn_like(z)
     u = torch.rand(len(z), 5, device=z.device)
     last_weight = getattr(model, "module", model).decoder_pred.weight  # DDP keeps the network in .module
-    terms = {}
+    terms = defaultdict(float)
     optimizer.zero_grad()
-    chunks = zip(images.chunk(accum), noisy.chunk(accum), u.chunk(accum), strict=True)
-    for k, (x, noisy_k, u_k) in enumerate(chunks):
+    chunks = (value.chunk(accum) for value in (images, noisy, u))
+    for k, (x, noisy_k, u_k) in enumerate(zip(*chunks, strict=True)):
         model.require_backward_grad_sync = k == accum - 1  # DDP exchanges gradients once a step
         with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
             xhat = model(noisy_k)  # (B / accum, 3, S, S)
@@ -373,7 +366,7 @@ def decoder_step(
         parts["loss"] = loss
         # Means over the micro-batches, for the log
         for name, value in parts.items():
-            terms[name] = terms.get(name, 0) + value.detach() / accum
+            terms[name] += value.detach() / accum
     return update(optimizer, terms)
 
 
@@ -385,7 +378,8 @@ def disc_step(model, optimizer, images, z, decoder, accum, precision):
     u = torch.rand(len(z), 2, 5, device=z.device)  # real and fake have their own draws
     total = 0
     optimizer.zero_grad()
-    for k, (x, z_k, u_k) in enumerate(zip(images.chunk(accum), z.chunk(accum), u.chunk(accum), strict=True)):
+    chunks = (value.chunk(accum) for value in (images, z, u))
+    for k, (x, z_k, u_k) in enumerate(zip(*chunks, strict=True)):
         model.require_backward_grad_sync = k == accum - 1
         # Spectral norm's power iteration runs in train mode only; once per step.
         model.train(k == 0)
@@ -418,53 +412,19 @@ def update(optimizer, terms):
     return terms | {"gradient_norm": norm}, finite
 
 
-# Evaluation
-
-
 @torch.no_grad()
-@exact_fp32()
-def evaluate(decoder, encoder, perceptual, data, workers, rank=0, world=1, batch_size=32):
-    """PSNR in dB (8-bit pixels, at most 100) and, with `perceptual`, LPIPS: means over the images of `data`.
-
-    In fp32 whatever --precision says: the numbers are the same for any batch size and number of ranks.
-    """
-    device = encoder.mean.device
-    psnr = []
-    distances = []
-    order = even_order(len(data), len(data), batch_size, rank, world)
-    for x, _ in load_images(data, order, device, workers):
-        xhat = to_8_bit(decoder(encoder(x)))
-        error = (xhat - x).square().mean((1, 2, 3)).clamp(min=1e-10)  # an exact image has a PSNR of 100 dB
-        psnr += (-10 * error.log10()).tolist()
-        if perceptual:
-            distances += perceptual(2 * xhat - 1, 2 * x - 1).flatten().tolist()
-
-    # float64 stays on the CPU (mps has none) unless ranks must all-reduce it.
-    totals = torch.tensor([sum(psnr), sum(distances)], dtype=torch.float64)
-    if world > 1:
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    psnr, distance = (totals / len(data)).tolist()
-    return {"eval_psnr": psnr, "eval_lpips": distance} if perceptual else {"eval_psnr": psnr}
-
-
-def evaluate_run(log, progress, step, decoder, encoder, perceptual, data, workers, rank, world):
-    """Evaluate on all ranks, and log the scores."""
-    scores = evaluate(decoder, encoder, perceptual, data, workers, rank, world)
-    if log:
-        write_log(log, step, scores)
-        values = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        progress.write(f"step {step}: {values}", file=sys.stderr)
-
-
-@torch.no_grad()
-def save_preview(folder, step, log, decoder, encoder, images):
-    """preview-STEP.png with the originals (B,3,S,S) over their reconstructions."""
-    # A user of the checkpoint gets the EMA's images, in fp32.
-    rows = torch.cat([images, decoder(encoder(images))])  # (2B, 3, S, S)
+def save_preview(folder, step, log, decoder, encoder, data):
+    """preview-STEP.png with eight images of the data, drawn evenly, over their reconstructions."""
+    # A preview has whole images instead of random crops.
+    whole = copy.copy(data)
+    whole.augment = None
     path = f"{folder}/preview-{step:07d}.png"
     try:
-        write_file(path, lambda file: save_image(to_8_bit(rows), file, "PNG", nrow=len(images), padding=0))
+        order = even_order(len(data), 8, 8)
+        images, _ = next(load_images(whole, order, encoder.mean.device))
+        # A user of the checkpoint gets the EMA's images, in fp32.
+        rows = torch.cat([images, decoder(encoder(images))])  # (2 * 8, 3, S, S)
+        write_file(path, lambda file: save_image(to_8_bit(rows), file, "PNG", padding=0))
         rae_encoder.log_picture(log, step, path)
     except SystemExit as error:
         tqdm.write(f"no preview: {error}; training goes on", file=sys.stderr)
@@ -473,30 +433,26 @@ def save_preview(folder, step, log, decoder, encoder, images):
 # The run
 
 
-@rae_encoder.keeps_process_settings()
+@rae_encoder.restores_signals()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)
 
     # Images, networks, optimizers
-    data, held_out, preview = open_images(args, device)
+    data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
     steps, warmup, disc_start, gan_start = schedule(args, len(data), world)
     log = rae_encoder.open_log(args.out) if rank == 0 else None
     start = rae_encoder.read_start(args, FORMAT)
     encoder, decoder, ema, config = open_networks(args, device)
-    perceptual, disc = open_losses(args, device)
-    state = training_state(decoder, ema, disc)
-    optimizer = state["optimizer"]
+    perceptual, disc, state = open_training(args, decoder, ema, device)
     disc_optimizer = state.get("disc_optimizer")
 
     # The checkpoint of a run that stopped before this one
-    first = resume(start, config, state, steps)
-    step = first
-    rae_encoder.check_ranks_agree(step=step, images=data.hash(), encoder=encoder.hash)
+    step = first = resume(start, config, state, steps)
+    rae_encoder.check_ranks_agree(step=step, images=data.hash, encoder=encoder.hash)
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
     model = rae_encoder.parallel(decoder, decoder.decoder_layers, args.compile, device)
     ddp_disc = rae_encoder.parallel(disc, [], args.compile, device) if disc else None
-    checkpoint = {"config": config, "precision": precision}
 
     # First line of output and progress bar
     networks = f"{rae_encoder.encoder_summary(args, encoder)} -> {decoder_summary(args, gan_start, steps)}"
@@ -507,17 +463,16 @@ def main(argv=None):
     order = training_order(len(data), args.batch_size, args.seed, step, steps, rank, world)
     stops = rae_encoder.catch_signals()
     skipped = Counter()
-    recent = []
-    since = time.time()
+    recent = defaultdict(list)  # the terms since the last report
     for images, _ in until_stopped(load_images(data, order, device, args.workers), stops, device):
         seed_step(args.seed, step, rank)
         lr = learning_rate(step, steps, warmup, args.lr, args.final_lr)
-        optimizer.param_groups[0]["lr"] = lr
+        state["optimizer"].param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             z = encoder(images)  # (B, C, G, G)
         terms, finite = decoder_step(
             model,
-            optimizer,
+            state["optimizer"],
             images,
             z,
             perceptual,
@@ -529,9 +484,7 @@ def main(argv=None):
             accum=args.accum,
             precision=precision,
         )
-        # A step that is not finite changed nothing, and is not in the means of the log.
-        recent.append(terms if finite else {})
-        count_skipped("decoder", finite, step + 1, terms, skipped, stops, progress)
+        record_update("decoder", step + 1, terms, finite, recent, skipped, stops, progress)
         if finite:
             update_ema(ema, decoder, rae_encoder.ema_decay(args, steps))
         if finite and disc and step >= disc_start:
@@ -539,31 +492,22 @@ def main(argv=None):
             disc_lr = learning_rate(step - disc_start, steps, warmup, args.lr, args.final_lr)
             disc_optimizer.param_groups[0]["lr"] = disc_lr
             loss, finite = disc_step(ddp_disc, disc_optimizer, images, z, decoder, args.accum, precision)
-            recent[-1].update({"disc": loss} if finite else {})
-            count_skipped("discriminator", finite, step + 1, {"disc": loss}, skipped, stops, progress)
+            record_update("discriminator", step + 1, {"disc": loss}, finite, recent, skipped, stops, progress)
         step += 1
-
         final = step == steps
-        if final or step % args.log_every == 0:
-            since = report(log, progress, step, recent, args.batch_size, since, lr, skipped)
-        # The step is saved before an evaluation, so that a failing evaluation does not lose it.
-        evaluates = args.eval_data and (final or step % args.eval_every == 0)
-        if rank == 0 and (final or evaluates or step % args.save_every == 0):
-            save(args, state, step, checkpoint)
-        if evaluates:
-            evaluate_run(log, progress, step, ema, encoder, perceptual, held_out, args.workers, rank, world)
+        if final or stops or step % args.log_every == 0:
+            report(log, progress, step, recent, lr, skipped)
+        # A preview that fails does not lose the step.
+        if rank == 0 and (final or step % args.save_every == 0):
+            save(args, state, step, {"config": config, "precision": precision})
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
-            save_preview(args.out, step, log, ema, encoder, preview)
+            save_preview(args.out, step, log, ema, encoder, data)
         progress.update()
 
     # A run that ends early leaves its last good step.
-    if recent:
-        report(log, progress, step, recent, args.batch_size, since, lr, skipped)
     if rank == 0 and first < step < steps:
-        save(args, state, step, checkpoint)
-    command = rae_encoder.next_command(
-        "flow_train.py", world, args.out, "flow", decoder=f"{args.out}/last.pt"
-    )
+        save(args, state, step, {"config": config, "precision": precision})
+    command = next_command("flow_train.py", world, "--decoder", args.out, "flow")
     rae_encoder.end_of_run(args, rank, progress, step, steps, data, device, stops, command)
 
 
@@ -579,14 +523,17 @@ def open_networks(args, device):
         "channels": encoder.width,
         "grid": grid,
         "patch_size": args.patch_size,
-        "mean": encoder.mean.flatten().tolist(),
-        "std": encoder.std.flatten().tolist(),
     }
-    if args.raw_pixels:
-        sizes.update(RAW_PIXELS)
-    decoder = Decoder(**sizes)
     if args.init:
-        sizes.update(initialise(decoder, args, encoder.config()))
+        # Weights go with the pixels that they were trained for.
+        decoder, source = load_decoder(args.init, args.encoder, "--init", args.raw_pixels)
+        source.update(source["decoder"])
+        keys = (*rae_encoder.LATENTS, *sizes)
+        check_same({**encoder.config(), **sizes}, "this run", source, f"--init {args.init}", keys)
+        sizes = source["decoder"]
+    else:
+        sizes.update(pixel_statistics(args.encoder, args.raw_pixels))
+        decoder = Decoder(**sizes)
     config = {
         **encoder.config(),
         "image_size": args.image_size,
@@ -601,30 +548,16 @@ def open_networks(args, device):
     return encoder.to(device), decoder, copy.deepcopy(decoder).requires_grad_(False), config
 
 
-def initialise(decoder, args, config):
-    """Load --init into the decoder; returns the mean and std of the pixels that its weights were trained for.
-
-    Raises SystemExit for a decoder of other latents or sizes.
-    """
-    source, source_config = load_decoder(args.init, args.encoder, "--init", args.raw_pixels)
-    check_same(config, "this run", source_config, f"--init {args.init}")
-    try:
-        decoder.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        raise SystemExit(f"--init {args.init}: of other sizes than this run ({reason(error)})") from None
-    decoder.mean = source.mean
-    decoder.std = source.std
-    return {"mean": source.mean.flatten().tolist(), "std": source.std.flatten().tolist()}
-
-
-def training_state(decoder, ema, disc):
-    """Networks and optimizers that change in training, by their names in the checkpoint."""
+def open_training(args, decoder, ema, device):
+    """(LPIPS, discriminator, state): None where a loss has no weight; state is what a checkpoint holds."""
+    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
+    disc = None
     state = {"model": decoder, "ema": ema, "optimizer": adamw(decoder)}
-    # The discriminator's backbone is frozen and comes from a file of its own.
-    if disc:
-        state["disc"] = disc.heads
-        state["disc_optimizer"] = adamw(disc.heads)
-    return state
+    if args.gan_weight:
+        disc = Discriminator(args.disc_weights).to(device).eval()
+        # The discriminator's backbone is frozen and comes from a file of its own.
+        state.update(disc=disc.heads, disc_optimizer=adamw(disc.heads))
+    return perceptual, disc, state
 
 
 def schedule(args, images, world):
@@ -637,28 +570,6 @@ def schedule(args, images, world):
     return steps, warmup, round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
 
 
-def open_losses(args, device):
-    """(LPIPS, discriminator) as the flags say, None where its weight is 0."""
-    perceptual = perceptual_loss(args.lpips_weights).to(device) if args.lpips_weight else None
-    disc = Discriminator(args.disc_weights).to(device).eval() if args.gan_weight else None
-    return perceptual, disc
-
-
-def open_images(args, device):
-    """(images of --data, of --eval-data, eight of these for the preview); by default all are of --data."""
-    data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
-    if args.eval_data:
-        held_out = ImageData(
-            args.eval_data, args.image_size, skip_broken=args.skip_broken, flag="--eval-data"
-        )
-    else:
-        # Evaluation is of whole images instead of random crops.
-        held_out = copy.copy(data)
-        held_out.augment = None
-    preview, _ = next(load_images(held_out, even_order(len(held_out), 8, 8), device))
-    return data, held_out, preview
-
-
 # Flags
 
 
@@ -666,13 +577,11 @@ def parse_args(argv=None):
     parser, training = rae_encoder.training_parser(__doc__)
     parser.set_defaults(batch_size=512, out="runs/decoder", ema=0.9978)
     add = training.add_argument
-    rise = "linear warm-up of the learning rate (%(default)s; unless it is given, at most a tenth of the run)"
+    rise = "of a linear warm-up (%(default)s; unless it is given, at most a tenth of the run)"
     add("--warmup-epochs", type=non_negative_float, default=1, help=rise)
-    add(
-        "--noise-tau", type=non_negative_float, default=0.8, help="strength of the latent noise (%(default)s)"
-    )
-    laws = "sigma ~ U(0, tau), released, or |N(0, tau^2)|, the paper's (%(default)s)"
-    add("--noise-law", choices=["uniform", "half-normal"], default="uniform", help=laws)
+    add("--noise-tau", type=non_negative_float, default=0.8, help="strength of latent noise (%(default)s)")
+    laws = ["uniform", "half-normal"]
+    add("--noise-law", choices=laws, default="uniform", help="released, or the paper's (%(default)s)")
     add("--lpips-weight", type=non_negative_float, default=1.0, help="0 goes without LPIPS (%(default)s)")
     add("--lpips-weights", default="hub", help="VGG-16: hub, random, or a file (%(default)s)")
     add("--gan-weight", type=non_negative_float, default=0.75, help="0 goes without GAN (%(default)s)")
@@ -681,26 +590,13 @@ def parse_args(argv=None):
     add("--gan-start", type=non_negative_float, default=8, help="epoch when its loss starts (%(default)s)")
 
     add = parser.add_argument_group("decoder").add_argument
-    add("--decoder", type=decoder_name, default="ViT-XL", help=f"{', '.join(DECODERS)} (%(default)s)")
+    add("--decoder", choices=DECODERS, default="ViT-XL", help="(%(default)s)")
     add("--raw-pixels", action="store_true", help="it puts out [0,1] itself, as RAEv2's do")
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-data", metavar="DIR", help="held-out images for PSNR, LPIPS and the preview")
-    add("--eval-every", type=positive_int, default=2500, help="steps (%(default)s)")
-
-    args = rae_encoder.parse_with_preset(parser, PRESETS, argv)
+    args = rae_encoder.with_preset(parser, PRESETS, rae_encoder.explicit_flags(parser, argv))
     if args.gan_weight and args.gan_start < args.disc_start:
         raise SystemExit(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}")
     return args
-
-
-def decoder_name(text):
-    """An argparse type: a row of DECODERS, in any case."""
-    # Checkpoints keep the table's spelling.
-    for name in DECODERS:
-        if name.lower() == text.lower():
-            return name
-    raise argparse.ArgumentTypeError(f"{text}: not one of {', '.join(DECODERS)}")
 
 
 def decoder_summary(args, gan_start, steps):
@@ -722,44 +618,50 @@ KEY_PARTS = {
     "attention.to_v.": "attention.attention.value.",
     "attention.to_out.0.": "attention.output.dense.",
 }
-RAW_PIXELS = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # RAEv2's decoders put out [0,1] themselves
 
 
 def load_decoder(path, encoder="dinov2-base", flag="--decoder", raw_pixels=False):
     """(Decoder in eval mode, config) from this project's checkpoint (its EMA) or from the authors' files.
 
-    The shapes of a bare state dict tell its sizes, and its config is {}; the pixels' mean and std are then
-    those of `encoder`, or with raw_pixels 0 and 1, as in RAEv2. A folder in diffusers' format has a config
-    (rae_encoder.read_autoencoder): for 16x16 tokens our images equal diffusers'. For other grids they do not,
-    because diffusers rescales the position embedding to base size 16. Raises SystemExit for any other file.
+    The shapes of a bare state dict tell its sizes, and its config has nothing else; the pixels' mean and std
+    are then those of `encoder`, or with raw_pixels 0 and 1, as in RAEv2. A folder in diffusers' format has a
+    config (rae_encoder.read_autoencoder): for 16x16 tokens our images equal diffusers'. For other grids they
+    do not, because diffusers rescales the position embedding to base size 16. Raises SystemExit for any other
+    file.
     """
     file = read_weights(path, flag)
-    if file.get("format") == "rae-flow/1":
-        raise SystemExit(f"{flag} {path}: is a flow of flow_train.py, not a decoder")
-    if file.get("format") == FORMAT and file.keys() >= {"config", "ema", "args"}:
+    try:
+        return build_decoder(file, encoder, raw_pixels)
+    except (KeyError, RuntimeError) as error:
+        problem = f"not a decoder, ours or released ({type(error).__name__}: {reason(error)})"
+        raise SystemExit(f"{flag} {path}: {problem}") from None
+
+
+def build_decoder(file, encoder, raw_pixels):
+    """load_decoder for a file that is read. Raises KeyError or RuntimeError for other weights and sizes."""
+    if file.get("format") == FORMAT:
         state = file["ema"]
-        sizes = file["config"]["decoder"]
         config = {**file["args"], **file["config"]}
     else:
         state = released_state(file)
-        config = file["config"] if "sizes" in file else {}  # diffusers' format has both
-        sizes = {**released_sizes(state, encoder, f"{flag} {path}"), **file.get("sizes", {})}
+        sizes = {**released_sizes(state), **pixel_statistics(encoder, raw_pixels)}
+        config = {}
+        # diffusers' format has both of these.
+        if "sizes" in file:
+            sizes.update(file["sizes"])
+            config = file["config"]
+        config["decoder"] = sizes
         heads = DECODERS[sizes["name"]][2]
         if config.get("heads", heads) != heads:
-            raise SystemExit(f"{flag} {path}: has {config['heads']} heads, a {sizes['name']} {heads}")
-        if raw_pixels:
-            sizes.update(RAW_PIXELS)
+            raise RuntimeError(f"has {config['heads']} heads, a {sizes['name']} {heads}")
 
-    decoder = Decoder(**sizes)
+    decoder = Decoder(**config["decoder"])
     # Released files may lack these two.
     fixed = {
         "decoder_pos_embed": decoder.decoder_pos_embed,
         "trainable_cls_token": decoder.trainable_cls_token,
     }
-    try:
-        decoder.load_state_dict({**fixed, **state})
-    except RuntimeError as error:
-        raise SystemExit(f"{flag} {path}: not a decoder, ours or released ({reason(error)})") from None
+    decoder.load_state_dict({**fixed, **state})
     return decoder.eval(), config
 
 
@@ -774,26 +676,26 @@ def released_state(file):
     return inner or file
 
 
-def released_sizes(state, encoder, name):
-    """The keyword arguments of Decoder that a bare state dict implies by its shapes."""
-    for key in ("decoder_embed.weight", "decoder_pred.weight"):
-        if key not in state:
-            raise SystemExit(f"{name}: not a decoder, ours or released (it has no {key})")
+def released_sizes(state):
+    """The sizes of a Decoder that a bare state dict implies by its shapes. Raises KeyError for others."""
     width, channels = state["decoder_embed.weight"].shape
-    names = [known for known, sizes in DECODERS.items() if sizes[0] == width]
-    if not names:
-        raise SystemExit(f"{name}: not a decoder, ours or released (none has the width {width})")
+    names = {sizes[0]: name for name, sizes in DECODERS.items()}
     # Only the grid must be guessed where a file leaves the positions out.
     position = state.get("decoder_pos_embed", torch.empty(1, 257))  # 16 x 16, as all 256 px releases
-    pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
     return {
-        "name": names[0],
+        "name": names[width],
         "channels": channels,
         "grid": math.isqrt(position.shape[1] - 1),
         "patch_size": math.isqrt(len(state["decoder_pred.weight"]) // 3),
-        "mean": pixels.mean,
-        "std": pixels.std,
     }
+
+
+def pixel_statistics(encoder, raw_pixels):
+    """Mean and std of the pixels that a decoder is trained for: its encoder's, or 0 and 1 of raw pixels."""
+    if raw_pixels:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    pixels = timm.get_pretrained_cfg(rae_encoder.timm_name(encoder))
+    return {"mean": pixels.mean, "std": pixels.std}
 
 
 def vgg_weights():
@@ -824,24 +726,20 @@ def until_stopped(batches, stops, device):
     """
     batches = iter(batches)
     while True:
-        batch = None
         try:
             batch = next(batches, None)
         except SystemExit as problem:
             stops.append(problem)
-        stopping = len(stops) > 0
-        # A single process has no collective, and its GPU no sync.
-        if dist.is_initialized():
-            stopping = mean_over_ranks(torch.tensor(float(stopping), device=device)).item() > 0
-        if stopping or batch is None:
+        # The stop of one rank makes the mean of all ranks positive.
+        stopping = mean_over_ranks(torch.tensor(float(len(stops)), device=device))
+        if stopping > 0 or batch is None:
             return
         yield batch
 
 
 def adamw(network):
     """The paper's AdamW (appendix), whose learning rate each step sets; fused: one kernel for all weights."""
-    weights = network.parameters()
-    return torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+    return torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
 
 def seed_step(seed, step, rank):
@@ -856,38 +754,36 @@ def update_ema(ema, network, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
-def count_skipped(network, finite, step, terms, skipped, stops, progress):
-    """Count and print a skipped update of `network`; ten in a row, which mean divergence, end the run."""
-    in_a_row = f"{network} in a row"
-    skipped[in_a_row] = 0 if finite else skipped[in_a_row] + 1
+def record_update(network, step, terms, finite, recent, skipped, stops, progress):
+    """Add the terms of an update of `network` to the lists in `recent`, from which the log has means.
+
+    One that is not finite has changed nothing: it is counted and printed instead. Ten in a row mean
+    divergence and end the run.
+    """
     if finite:
+        skipped[network] = 0
+        for name, value in terms.items():
+            recent[name].append(value)
         return
+    skipped[network] += 1
     skipped["all"] += 1
     if not progress.disable:  # rank 0
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.write(f"step {step}: the {network}'s update was skipped, not finite: {values}", sys.stderr)
-    if skipped[in_a_row] == 10:
+    if skipped[network] == 10:
         problem = f"step {step}: 10 updates of the {network} in a row not finite"
         stops.append(SystemExit(f"{problem}; try a lower --lr or --precision fp32"))
 
 
-def report(log, progress, step, recent, batch_size, since, lr, skipped):
-    """Log the mean of each term over the recent steps that have it, and images a second since `since`.
-
-    Clears `recent` and returns the new start time.
-    """
-    now = time.time()
-    names = {name: None for terms in recent for name in terms}  # a dict keeps their order
+def report(log, progress, step, recent, lr, skipped):
+    """Log the mean of each term over the updates since the last report, and clear `recent`."""
     record = {}
-    for name in names:
-        record[name] = torch.stack([terms[name] for terms in recent if name in terms]).mean().item()
-    # Previews and checkpoints are in that time, too.
-    record["images_per_s"] = round(len(recent) * batch_size / (now - since), 1)
+    for name, values in recent.items():
+        record[name] = torch.stack(values).mean().item()
     recent.clear()
     if log:
         write_log(log, step, {**record, "lr": lr, "skipped": skipped["all"]})
-    progress.set_postfix(loss=record.get("loss"), images_per_s=record["images_per_s"])
-    return now
+    progress.set_postfix(step=step, loss=record.get("loss"))
 
 
 def resume(start, config, state, steps):

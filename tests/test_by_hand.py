@@ -343,29 +343,13 @@ def random_crop(path, size, rng):
 
 
 def test_four_steps_of_stage_1(paths, small_networks):
-    """Without GAN, but with images held out (here the same ones, cropped in the centre) and previews."""
-    others = "--gan-weight 0 --eval-data images --eval-every 2 --preview-every 3"
-    rae_decoder_train.main(f"{COMMON} {DECODER} {others}".split())
+    """Without GAN, but with previews: eight images, cropped in the centre, over those of the EMA."""
+    rae_decoder_train.main(f"{COMMON} {DECODER} --gan-weight 0 --preview-every 3".split())
     check_stage_1(paths, disc=None)
 
-    # PSNR and LPIPS of the EMA on 8-bit pixels, at every second step
-    checkpoints, log = read_run(steps=4)
-    encoder, decoder, perceptual = networks_of_stage_1()
-    originals = to_tensor([center_crop(path, 16) for path, _ in paths])
-    scores = [record for record in log if "eval_psnr" in record]
-    assert [record["step"] for record in scores] == [2, 4]
-    for record in scores:
-        decoder.load_state_dict(checkpoints[record["step"] - 1]["ema"])
-        with torch.no_grad():
-            images = (decoder(encoder(originals)).clamp(0, 1) * 255).round() / 255
-            distances = perceptual(2 * images - 1, 2 * originals - 1)
-        psnr = -10 * (images - originals).square().mean((1, 2, 3)).log10()
-        assert record["eval_psnr"] == pytest.approx(psnr.mean().item(), abs=1e-5)
-        assert record["eval_lpips"] == pytest.approx(distances.mean().item(), rel=1e-5)
-
-    # Eight of them, drawn evenly, over their reconstructions by the EMA
-    decoder.load_state_dict(checkpoints[2]["ema"])
-    top = originals[[i * 22 // 8 for i in range(8)]]
+    encoder, decoder, _ = networks_of_stage_1()
+    decoder.load_state_dict(torch.load("run/0000003.pt", weights_only=True)["ema"])
+    top = to_tensor([center_crop(paths[i * 22 // 8][0], 16) for i in range(8)])  # drawn evenly
     with torch.no_grad():
         rows = np.stack([to_bytes(top), to_bytes(decoder(encoder(top)))])  # (2,8,16,16,3)
     sheet = rows.transpose(0, 2, 1, 3, 4).reshape(32, 128, 3).astype(int)
@@ -404,7 +388,6 @@ def networks_of_stage_1():
 
 def check_stage_1(paths, disc):
     checkpoints, log = read_run(steps=4)
-    log = [record for record in log if "loss" in record]
     assert [record["step"] for record in log] == [1, 2, 3, 4]
     encoder, decoder, perceptual = networks_of_stage_1()
     config = checkpoints[-1]["config"]
@@ -485,7 +468,7 @@ def check_stage_1(paths, disc):
             expected["disc"] = hinge
 
         record = log[step]
-        others = {"step", "time", "images_per_s", "skipped", "lr", "gradient_norm"}
+        others = {"step", "time", "skipped", "lr", "gradient_norm"}
         assert record.keys() - others == expected.keys()
         for name, value in expected.items():
             assert record[name] == pytest.approx(value.item(), rel=5e-6), name

@@ -1,4 +1,4 @@
-"""Stage 1: the decoder against a naive one, its files, its losses and step, its schedule and its run."""
+"""Stage 1: the decoder against a naive one, its files, its losses and step, and what its run refuses."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import json
 import math
 import os
 import re
-import shlex
 import types
+from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,7 +25,6 @@ from helpers import equal, message, read, run_ranks
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import flow_train
 import rae_decoder_train
 import rae_encoder
 from rae_decoder_train import Decoder, decoder_step, diff_augment, load_decoder
@@ -150,7 +149,7 @@ RELEASED_LAYER = """attention.attention.query attention.attention.key attention.
     attention.output.dense intermediate.dense output.dense layernorm_before layernorm_after"""
 
 
-def test_released_names():
+def test_released_names(tmp_path):
     state = random_decoder(grid=16).state_dict()
     names = set(RELEASED.split())
     for i in range(2):
@@ -158,7 +157,9 @@ def test_released_names():
             names |= {f"decoder_layers.{i}.{layer}.{kind}" for kind in ("weight", "bias")}
     assert set(state) == names
     assert state["decoder_pos_embed"].shape == (1, 257, 16)
-    assert state["trainable_cls_token"].shape == (1, 1, 16)
+    assert state.pop("trainable_cls_token").shape == (1, 1, 16)
+    torch.save(state, tmp_path / "model.pt")
+    assert load_decoder(tmp_path / "model.pt")[0].trainable_cls_token.eq(0).all()
 
 
 def released_layouts(state):
@@ -184,42 +185,32 @@ def released_layouts(state):
 def test_released_files_are_read(tmp_path, layout):
     decoder, z = random_decoder(grid=16), torch.randn(1, 6, 16, 16)
     torch.save(released_layouts(decoder.state_dict())[layout], tmp_path / "model.pt")
-    loaded, config = load_decoder(tmp_path / "model.pt")
-    assert torch.equal(loaded(z), decoder(z)) and config == {} and not loaded.training
-
-
-def test_a_file_without_class_token_has_zeros(tmp_path):
-    state = random_decoder(grid=16).state_dict()
-    del state["trainable_cls_token"]
-    torch.save(state, tmp_path / "model.pt")
-    assert load_decoder(tmp_path / "model.pt")[0].trainable_cls_token.eq(0).all()
-
-
-def test_pixels_of_a_released_file_are_those_of_the_encoder_or_raw(tmp_path):
-    decoder, z = random_decoder(), torch.randn(1, 6, 3, 3)
-    torch.save(decoder.state_dict(), tmp_path / "model.pt")
+    loaded, config = load_decoder(tmp_path / "model.pt", "siglip2-base")
+    sizes = {"name": "ViT-mini", "channels": 6, "grid": 16, "patch_size": 4}
+    assert config == {"decoder": {**sizes, "mean": (0.5,) * 3, "std": (0.5,) * 3}} and not loaded.training
     pixels = (decoder(z) - decoder.mean) / decoder.std
-    siglip, _ = load_decoder(tmp_path / "model.pt", "siglip2-base")  # mean and std 0.5
-    assert torch.allclose(siglip(z), pixels * 0.5 + 0.5, atol=1e-5)
+    assert torch.allclose(loaded(z), pixels * 0.5 + 0.5, atol=1e-4)
     raw, _ = load_decoder(tmp_path / "model.pt", raw_pixels=True)  # RAEv2's
     assert torch.allclose(raw(z), pixels, atol=1e-4)
+    imagenet, _ = load_decoder(tmp_path / "model.pt")
+    assert torch.equal(imagenet(z), decoder(z))
 
 
-def test_other_files_end_in_one_line(tmp_path):
-    state = random_decoder().state_dict()
-    no_decoder = "not a decoder, ours or released"
-    refused = [
-        ({"a": torch.zeros(1)}, f"{no_decoder} (it has no decoder_embed.weight)"),
-        ({"model": torch.zeros(1)}, f"{no_decoder} (it has no decoder_embed.weight)"),
-        (state | {"extra": torch.zeros(1)}, f"{no_decoder} (Unexpected key(s) in state_dict"),
-        (state | {"decoder_embed.weight": torch.zeros(17, 6)}, f"{no_decoder} (none has the width 17)"),
-        ({"format": "rae-flow/1", "ema": {}}, "is a flow of flow_train.py, not a decoder"),
-    ]
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"decoder_embed.weight": torch.zeros(17, 6)}, "17"),
+        ({"extra": torch.zeros(1)}, "Unexpected key(s) in state_dict"),
+        ({"decoder_pred.bias": torch.zeros(1)}, "size mismatch for decoder_pred.bias"),
+        ({"format": "rae-decoder/1"}, "'ema'"),
+        ({"format": "rae-flow/1", "ema": {"pos_embed": torch.zeros(1)}}, "'decoder_embed.weight'"),
+    ],
+)
+def test_other_files_end_in_one_line(tmp_path, changes, line):
     path = str(tmp_path / "model.pt")
-    for file, line in refused:
-        torch.save(file, path)
-        found = message(load_decoder, path, "dinov2-base", "--weights")
-        assert found.startswith(f"--weights {path}: ") and line in found
+    torch.save(random_decoder().state_dict() | changes, path)
+    found = message(load_decoder, path, "dinov2-base", "--weights")
+    assert found.startswith(f"--weights {path}: not a decoder, ours or released (") and line in found
 
 
 # LPIPS
@@ -250,14 +241,16 @@ def test_lpips_is_the_packages_own(quick_vgg):
     assert not any(p.requires_grad for p in network.parameters())
 
 
+PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions
+
+
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
     """A random VGG-16 in the format of torchvision's file of 2017: its state dict and its path."""
     torch.manual_seed(3)
-    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     widths = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
     state = {"classifier.0.bias": torch.zeros(1)}
-    for i, width, out in zip(places, widths[:-1], widths[1:], strict=True):
+    for i, width, out in zip(PLACES, widths[:-1], widths[1:], strict=True):
         state[f"features.{i}.weight"] = torch.randn(out, width, 3, 3) / math.sqrt(9 * width)
         state[f"features.{i}.bias"] = torch.randn(out)
     path = tmp_path_factory.mktemp("vgg") / "vgg.pth"
@@ -269,64 +262,22 @@ def vgg_file(tmp_path_factory):
 def cache(tmp_path, monkeypatch, quick_vgg):
     """The place of torchvision's file in an empty cache of torch's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    return tmp_path / "hub/checkpoints/vgg16-397923af.pth"
-
-
-def distances_by_the_package(state, x, y):
-    """LPIPS with the convolutions of a state dict of torchvision's VGG-16."""
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    convolutions = [module for module in network.net.modules() if isinstance(module, torch.nn.Conv2d)]
-    names = [name for name in state if name.startswith("features") and name.endswith("weight")]
-    for module, name in zip(convolutions, names, strict=True):
-        module.weight.data = state[name]
-        module.bias.data = state[name.replace("weight", "bias")]
-    return network(x, y)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    return path
 
 
 def test_lpips_takes_torchvisions_file_from_the_cache(cache, vgg_file):
     state, path = vgg_file
-    cache.parent.mkdir(parents=True)
     cache.symlink_to(path)
-    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    expected = distances_by_the_package(state, x, y)
     for weights in ("hub", str(path)):
-        assert torch.allclose(rae_decoder_train.perceptual_loss(weights)(x, y), expected, rtol=1e-4)
-    assert not torch.allclose(rae_decoder_train.perceptual_loss("random")(x, y), expected, rtol=0.1)
-
-
-def test_a_vgg_that_is_fetched_has_the_published_hash(cache, vgg_file, monkeypatch):
-    state, path = vgg_file
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    other = "0" * 8
-    for digits in (other, digest):
-        (path.parent / f"vgg16-{digits}.pth").symlink_to(path)
-    cache = cache.parent
-
-    monkeypatch.setattr(rae_decoder_train, "VGG", (path.parent / f"vgg16-{other}.pth").as_uri())
-    line = message(rae_decoder_train.perceptual_loss, "hub")
-    assert line.startswith(f"LPIPS needs {rae_decoder_train.VGG}: {cache} can't be filled")
-    assert f'(invalid hash value (expected "{other}", got "{digest}' in line
-    assert list(cache.iterdir()) == []
-
-    monkeypatch.setattr(rae_decoder_train, "VGG", (path.parent / f"vgg16-{digest}.pth").as_uri())
-    network = rae_decoder_train.perceptual_loss("hub")
-    assert torch.equal(network.net.slice1[0].weight, state["features.0.weight"])
-
-
-@pytest.mark.parametrize("length", [-1, 1000, 0])
-def test_a_cut_vgg_in_the_cache_ends_in_one_line(cache, vgg_file, length):
-    cache.parent.mkdir(parents=True)
-    cache.write_bytes(vgg_file[1].read_bytes()[:length])
-    line = message(rae_decoder_train.perceptual_loss, "hub")
-    place = f"{cache.parent} can't be filled, or its file is damaged ("
-    assert line.startswith(f"LPIPS needs {rae_decoder_train.VGG}: {place}")
-    assert line.endswith("--lpips-weight 0 goes without")
-
-
-def test_a_file_of_something_else_is_no_vgg(tmp_path, quick_vgg):
-    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "x.pt")
-    line = message(rae_decoder_train.perceptual_loss, str(tmp_path / "x.pt"))
-    assert line == f"--lpips-weights {tmp_path}/x.pt: not torchvision's VGG-16"
+        network = rae_decoder_train.perceptual_loss(weights).net
+        convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+        assert len(convolutions) == 13
+        for module, place in zip(convolutions, PLACES, strict=True):
+            assert torch.equal(module.weight, state[f"features.{place}.weight"])
+            assert torch.equal(module.bias, state[f"features.{place}.bias"])
 
 
 class Malicious:
@@ -334,26 +285,46 @@ class Malicious:
         return os.mkdir, ("hacked",)
 
 
-def test_no_code_in_a_vgg_of_the_cache_runs(cache, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    cache.parent.mkdir(parents=True)
+def test_a_vgg_that_cannot_be_had_ends_in_one_line(cache, vgg_file, monkeypatch):
+    """A cut file in the cache, one with code in it, no network, a file with another hash."""
+    path = vgg_file[1]
+
+    def refused(reason):
+        line = message(rae_decoder_train.perceptual_loss, "hub")
+        place = f"{cache.parent} can't be filled, or its file is damaged ("
+        assert line.startswith(f"LPIPS needs {rae_decoder_train.VGG}: {place}{reason}")
+        assert line.endswith("--lpips-weights FILE takes a local copy, --lpips-weight 0 goes without")
+
+    for length in (-1, 1000, 0):
+        cache.write_bytes(path.read_bytes()[:length])
+        refused("")
     for zipped in (False, True):
         torch.save({"features.0.weight": Malicious()}, cache, _use_new_zipfile_serialization=zipped)
-        line = message(rae_decoder_train.perceptual_loss, "hub")
-        assert "its file is damaged (Weights only load failed" in line
-    assert not Path("hacked").exists()
+        refused("Weights only load failed")
+        assert not Path("hacked").exists()
+    cache.unlink()
 
-
-def test_vgg_that_cannot_be_had_ends_in_one_line(cache, monkeypatch):
     def offline(*_args, **_kwargs):
         raise URLError("no network")
 
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    line = message(rae_decoder_train.perceptual_loss, "hub")
-    url = "https://download.pytorch.org/models/vgg16-397923af.pth"
-    place = f"{cache.parent} can't be filled, or its file is damaged (<urlopen error no network>)"
-    hint = "--lpips-weights FILE takes a local copy, --lpips-weight 0 goes without"
-    assert line == f"LPIPS needs {url}: {place}; {hint}"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.hub.download_url_to_file", offline)
+        refused("<urlopen error no network>")
+
+    # The digits in the name begin the SHA-256.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    for digits in ("0" * 8, digest):
+        link = path.with_name(f"vgg16-{digits}.pth")
+        link.symlink_to(path)
+        monkeypatch.setattr(rae_decoder_train, "VGG", link.as_uri())
+        if digits != digest:
+            refused(f'invalid hash value (expected "{digits}", got "{digest}')
+            assert list(cache.parent.iterdir()) == []
+    rae_decoder_train.perceptual_loss("hub")
+
+    torch.save({"features.0.weight": torch.zeros(1)}, "x.pt")
+    line = message(rae_decoder_train.perceptual_loss, "x.pt")
+    assert line == "--lpips-weights x.pt: not torchvision's VGG-16"
 
 
 # The discriminator and its input
@@ -479,13 +450,6 @@ def test_spectral_norm_is_near_one_and_iterates_once_a_step(tiny_dino):
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
-def test_losses_of_the_discriminator():
-    real, fake = [2.0, 0.5, -1.0], [-3.0, -0.5, 0.25]
-    expected = sum(max(0, 1 - v) for v in real) / 6 + sum(max(0, 1 + v) for v in fake) / 6
-    found = rae_decoder_train.hinge_loss(torch.tensor(real), torch.tensor(fake))
-    assert found.item() == pytest.approx(expected)
-
-
 # One step of the decoder
 
 
@@ -531,68 +495,25 @@ def sgd(network):
     return torch.optim.SGD(network.parameters(), lr=0.0)
 
 
-def noise_strengths(**options):
-    """Standard deviations of the noise that 2,000 images get in one step, in shares of tau, sorted."""
+@pytest.mark.parametrize(
+    ("law", "quantiles"),
+    [
+        ("uniform", [0.1, 0.25, 0.5, 0.75, 0.9]),
+        # The paper's: of |N(0,1)|, from a table of the normal distribution
+        ("half-normal", [0.1257, 0.3186, 0.6745, 1.1503, 1.6449]),
+    ],
+)
+def test_noise_of_each_image_is_uniform_in_strength(law, quantiles):
     recorder, clean = Recorder(), torch.randn(2000, 400, 2, 2)
     torch.manual_seed(0)
-    step(recorder, torch.rand(2000, 3, 8, 8), clean, noise_tau=0.6, **options)
-    return torch.quantile((recorder.latents[0] - clean).flatten(1).std(1) / 0.6, QUANTILES).tolist()
-
-
-QUANTILES = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
-
-
-def test_noise_of_each_image_is_uniform_in_strength():
-    assert noise_strengths() == pytest.approx([0.1, 0.25, 0.5, 0.75, 0.9], abs=0.04)
-    recorder, clean = Recorder(), torch.randn(4, 6, 2, 2)
-    step(recorder, torch.rand(4, 3, 8, 8), clean, noise_tau=0.0)
-    assert torch.equal(recorder.latents[0], clean)
-
-
-def test_noise_of_the_paper_is_half_normal_in_strength():
-    # Quantiles of |N(0,1)|, from a table of the normal distribution
-    expected = [0.1257, 0.3186, 0.6745, 1.1503, 1.6449]
-    assert noise_strengths(noise_law="half-normal") == pytest.approx(expected, abs=0.07)
+    step(recorder, torch.rand(2000, 3, 8, 8), clean, noise_tau=0.6, noise_law=law)
+    strengths = (recorder.latents[0] - clean).flatten(1).std(1) / 0.6  # of each image
+    found = torch.quantile(strengths, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])).tolist()
+    assert found == pytest.approx(quantiles, abs=0.04 if law == "uniform" else 0.07)
 
 
 def numbers(terms):
     return {name: value.item() for name, value in terms.items()}
-
-
-@pytest.mark.parametrize("accum", [1, 2])
-def test_loss_is_l1_plus_weighted_lpips(accum):
-    recorder, images, z = Recorder(), torch.rand(4, 3, 8, 8), torch.zeros(4, 2, 1, 1)
-    terms, finite = step(recorder, images, z, squared, lpips_weight=0.3, accum=accum)
-    l1, lpips_loss = (images - 0.2).abs().mean().item(), 4 * (images - 0.2).square().mean().item()
-    slope = (0.2 - images).sign().mean() + 0.3 * 8 * (0.2 - images).mean()
-    expected = {"l1": l1, "lpips": lpips_loss, "loss": l1 + 0.3 * lpips_loss}
-    expected["gradient_norm"] = slope.abs().item()
-    assert finite and numbers(terms) == pytest.approx(expected, rel=1e-5)
-    terms, _ = step(recorder, images, z)
-    assert terms.keys() == {"l1", "loss", "gradient_norm"} and terms["loss"] == terms["l1"]
-
-
-def slow_step(decoder, disc, images, z, u, lpips_weight, gan_weight, accum):
-    """Terms and gradients by one graph for each micro-batch, as the formulas read."""
-    size = len(images) // accum
-    means = {}
-    for k in range(accum):
-        part = slice(k * size, (k + 1) * size)
-        xhat = decoder(z[part])
-        l1 = (xhat - images[part]).abs().mean()
-        lpips_loss = squared(2 * xhat, 2 * images[part]).mean()
-        reconstruction = l1 + lpips_weight * lpips_loss
-        gan = -disc(diff_augment(2 * xhat - 1, u[part])).mean()
-        last = decoder.decoder_pred.weight
-        norms = [
-            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, gan)
-        ]
-        terms = {"l1": l1, "lpips": lpips_loss, "gan": gan}
-        terms["lambda"] = norms[0] / (norms[1] + 1e-6)
-        terms["loss"] = reconstruction + gan_weight * terms["lambda"] * gan
-        (terms["loss"] / accum).backward()
-        means = {name: means.get(name, 0) + value.item() / accum for name, value in terms.items()}
-    return means
 
 
 # The softmax does not see the keys' bias: its gradient is rounding alone.
@@ -609,17 +530,39 @@ def same(one, other, tolerance=1e-4):
 
 @pytest.mark.parametrize("accum", [1, 4])
 def test_decoder_step_is_the_slow_formula_in_any_micro_batches(accum):
-    disc, decoder, reference = SmallDisc(), random_decoder(), random_decoder()
+    """One graph for each micro-batch, as the formulas read."""
+    disc, decoder, slow = SmallDisc(), random_decoder(), random_decoder()
     images, z = torch.rand(8, 3, 12, 12), torch.randn(8, 6, 3, 3)
     torch.manual_seed(3)
-    torch.rand(8, 1, 1, 1), torch.randn_like(z)  # the latent noise is drawn first
+    noisy = z + 0.8 * torch.rand(8, 1, 1, 1) * torch.randn_like(z)
     u = torch.rand(8, 5)
-    expected = slow_step(reference, disc, images, z, u, lpips_weight=0.5, gan_weight=0.75, accum=accum)
+    expected = Counter()
+    for x, noisy_k, u_k in zip(images.chunk(accum), noisy.chunk(accum), u.chunk(accum), strict=True):
+        xhat = slow(noisy_k)
+        terms = {"l1": (xhat - x).abs().mean(), "lpips": squared(2 * xhat, 2 * x).mean()}
+        terms["gan"] = -disc(diff_augment(2 * xhat - 1, u_k)).mean()
+        reconstruction = terms["l1"] + 0.5 * terms["lpips"]
+        last = slow.decoder_pred.weight
+        norms = [
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+            for loss in (reconstruction, terms["gan"])
+        ]
+        terms["lambda"] = norms[0] / (norms[1] + 1e-6)
+        terms["loss"] = reconstruction + 0.75 * terms["lambda"] * terms["gan"]
+        slow_gradients = torch.autograd.grad(terms["loss"] / accum, slow.parameters())
+        for weight, gradient in zip(slow.parameters(), slow_gradients, strict=True):
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        expected.update({name: value.item() / accum for name, value in terms.items()})
+    expected["gradient_norm"] = torch.cat([p.grad.flatten() for p in slow.parameters()]).norm().item()
+
     torch.manual_seed(3)
-    terms, finite = step(decoder, images, z, squared, disc, lpips_weight=0.5, noise_tau=0.0, accum=accum)
-    expected["gradient_norm"] = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm().item()
+    terms, finite = step(decoder, images, z, squared, disc, lpips_weight=0.5, accum=accum)
     assert finite and numbers(terms) == pytest.approx(expected, rel=1e-4)
-    same(gradients(reference), gradients(decoder))
+    same(gradients(slow), gradients(decoder))
+    assert all(weight.grad is None for weight in disc.parameters())
+    # Terms whose network is None are left out.
+    terms, _ = step(decoder, images, z, accum=accum)
+    assert terms.keys() == {"l1", "loss", "gradient_norm"} and terms["loss"] == terms["l1"]
 
 
 @pytest.mark.parametrize(
@@ -632,49 +575,29 @@ def test_lambda_is_a_quotient_of_norms_with_a_bound(reconstruction, gan, expecte
     assert found.item() == pytest.approx(expected, rel=1e-5) and not found.requires_grad
 
 
-def test_micro_batches_change_lambda_alone():
-    found = {}
-    images, z = torch.rand(8, 3, 12, 12), torch.randn(8, 6, 3, 3)
-    for gan in (False, True):
-        for accum in (1, 4):
-            decoder = random_decoder()
-            torch.manual_seed(3)
-            terms, _ = step(decoder, images, z, squared, SmallDisc() if gan else None, accum=accum)
-            found[gan, accum] = terms, gradients(decoder)
-    same(found[False, 1][1], found[False, 4][1])  # with the noise of each image: it does not depend on accum
-    for one, four in ((found[gan, 1][0], found[gan, 4][0]) for gan in (False, True)):
-        for name in {"l1", "lpips", "gan"} & one.keys():
-            assert one[name].item() == pytest.approx(four[name].item(), rel=1e-4), name
-    assert found[True, 1][0]["lambda"].item() != pytest.approx(found[True, 4][0]["lambda"].item(), rel=1e-3)
-
-
-def broken_steps():
-    """{name: (images, whether a gradient is broken)}."""
-    images = torch.rand(4, 3, 12, 12)
-    poisoned = images.clone()
-    poisoned[2, 1, 5, 5] = math.nan
-    return {"image": (poisoned, False), "gradient": (images, True), "nothing": (images, False)}
-
-
-def poison(weight):
-    weight.register_hook(lambda gradient: gradient / 0)
-
-
 @pytest.mark.parametrize("accum", [1, 2])
-@pytest.mark.parametrize("broken", broken_steps())
-def test_a_decoder_step_that_is_not_finite_changes_nothing(broken, accum):
-    decoder, z = random_decoder(), torch.randn(4, 6, 3, 3)
-    images, break_gradient = broken_steps()[broken]
-    if break_gradient:
-        poison(decoder.decoder_layers[1].output["dense"].weight)
-    before = copy.deepcopy(decoder.state_dict())
-    optimizer = rae_decoder_train.adamw(decoder)
-    terms, finite = step(decoder, images, z, squared, SmallDisc(), optimizer, accum=accum)
-    assert finite == (broken == "nothing")
-    assert equal(before, decoder.state_dict()) != finite
+@pytest.mark.parametrize("broken", ["image", "gradient", "nothing"])
+@pytest.mark.parametrize("trained", ["decoder", "disc"])
+def test_a_step_that_is_not_finite_changes_nothing(trained, broken, accum):
+    decoder, disc = random_decoder(), SmallDisc()
+    images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
+    network = decoder if trained == "decoder" else disc
+    if broken == "image":
+        images[2, 1, 5, 5] = math.nan
+    if broken == "gradient":
+        weight = disc.heads.weight if trained == "disc" else decoder.decoder_layers[1].output["dense"].weight
+        weight.register_hook(lambda gradient: gradient / 0)
+    before = copy.deepcopy(network.state_dict())
+    optimizer = rae_decoder_train.adamw(network)
+    if trained == "decoder":
+        terms, finite = step(decoder, images, z, squared, disc, optimizer, accum=accum)
+        loss = terms["loss"]
+        assert terms["gradient_norm"].isfinite() == finite
+    else:
+        loss, finite = rae_decoder_train.disc_step(disc, optimizer, images, z, decoder, accum, "fp32")
+    assert finite == (broken == "nothing") and loss.isfinite() == (broken != "image")
+    assert equal(before, network.state_dict()) != finite
     assert (optimizer.state_dict()["state"] == {}) != finite
-    assert torch.isfinite(terms["loss"]) == (broken != "image")
-    assert torch.isfinite(terms["gradient_norm"]) == finite
 
 
 def test_a_loss_that_is_not_finite_counts_where_gradients_are():
@@ -685,38 +608,6 @@ def test_a_loss_that_is_not_finite_counts_where_gradients_are():
 
 
 # One step of the discriminator
-
-
-def test_the_decoders_step_leaves_nothing_in_that_of_the_discriminator():
-    images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
-    found = []
-    for before in (False, True):
-        disc, decoder = SmallDisc(), random_decoder()
-        state = copy.deepcopy(disc.state_dict())
-        if before:
-            step(decoder, images, z, disc=disc)
-            assert all(weight.grad is None for weight in disc.parameters())
-        assert equal(state, disc.state_dict())
-        torch.manual_seed(3)
-        rae_decoder_train.disc_step(disc, sgd(disc), images, z, decoder, 1, "fp32")
-        found.append(gradients(disc))
-    assert equal(*found)
-
-
-@pytest.mark.parametrize("accum", [1, 2])
-@pytest.mark.parametrize("broken", broken_steps())
-def test_a_discriminator_step_that_is_not_finite_changes_nothing(broken, accum):
-    disc, decoder, z = SmallDisc(), random_decoder(), torch.randn(4, 6, 3, 3)
-    images, break_gradient = broken_steps()[broken]
-    if break_gradient:
-        poison(disc.heads.weight)
-    before = copy.deepcopy(disc.state_dict())
-    optimizer = rae_decoder_train.adamw(disc)
-    loss, finite = rae_decoder_train.disc_step(disc, optimizer, images, z, decoder, accum, "fp32")
-    assert finite == (broken == "nothing")
-    assert equal(before, disc.state_dict()) != finite
-    assert (optimizer.state_dict()["state"] == {}) != finite
-    assert torch.isfinite(loss) == (broken != "image") and not disc.training
 
 
 def test_discriminator_step_takes_clean_8_bit_fakes_in_any_micro_batches():
@@ -744,29 +635,8 @@ def test_discriminator_step_takes_clean_8_bit_fakes_in_any_micro_batches():
 # Two ranks
 
 
-class FewImages:
-    """Five grey images of 12 x 12 pixels, a number that two ranks can't share evenly."""
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, key):
-        return torch.full((3, 12, 12), 40 * key[1], dtype=torch.uint8), 0
-
-
-class FlatEncoder(torch.nn.Module):
-    """Latents (B,6,3,3) of images of 12 x 12 pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1))
-
-    def forward(self, x):
-        return torch.nn.functional.avg_pool2d(x, 4).repeat(1, 2, 1, 1)
-
-
 def one_of_two(out):
-    """A decoder step, a discriminator step and an evaluation on this rank's share of the images."""
+    """A decoder step and a discriminator step on this rank's share of the images."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1:
         dist.init_process_group("gloo")
@@ -800,10 +670,8 @@ def one_of_two(out):
         optimizer = sgd(disc)
         terms["disc"], _ = rae_decoder_train.disc_step(networks[1], optimizer, images, z, decoder, 2, "fp32")
         assert exchanges[2:] == ["disc"] * (world > 1)
-        data = FewImages()
-        scores = rae_decoder_train.evaluate(decoder, FlatEncoder(), squared, data, 0, rank, world, 2)
     if rank == 0:
-        torch.save({"terms": terms, "scores": scores, "decoder": with_gan, "disc": gradients(disc)}, out)
+        torch.save({"terms": terms, "decoder": with_gan, "disc": gradients(disc)}, out)
 
 
 @pytest.mark.slow
@@ -814,91 +682,21 @@ def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     one, two = read("1.pt"), read("2.pt")
     assert numbers(one["terms"]) == pytest.approx(numbers(two["terms"]), rel=1e-4)
     assert len(one["terms"]) == 7 and all(one["terms"].values())
-    assert one["scores"] == pytest.approx(two["scores"], rel=1e-6) and len(one["scores"]) == 2
     same(one["decoder"], two["decoder"])
     same(one["disc"], two["disc"])
 
 
-# Evaluation
-
-
-def psnr_of(x, y):
-    """PSNR in dB of 8-bit images, in numpy."""
-    return 10 * np.log10(255**2 / ((np.asarray(x, float) - np.asarray(y, float)) ** 2).mean())
-
-
-def test_held_out_numbers_are_those_of_numpy_for_any_batch(folder):
-    encoder = rae_encoder.Encoder("test_vit", image_size=32, patch_size=8, weights="random")
-    torch.manual_seed(0)
-    decoder = Decoder("ViT-mini", encoder.width, 4, 8, IMAGENET_MEAN, IMAGENET_STD)
-    data = rae_encoder.ImageData("data/demo", 32)
-    psnr = []
-    distances = []
-    for i in range(len(data)):
-        x = data[0, i][0]
-        y = decoder(encoder(x[None] / 255))[0].detach().clamp(0, 1).double().numpy()
-        y = np.rint(255 * y)
-        psnr.append(psnr_of(x.numpy(), y))
-        distances.append(((y - x.numpy()) ** 2).mean() * (2 / 255) ** 2)  # of images in [-1,1]
-    for size in (1, 8, 22):
-        found = rae_decoder_train.evaluate(decoder, encoder, squared, data, workers=0, batch_size=size)
-        assert found["eval_psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
-        assert found["eval_lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
-
-
-def test_evaluation_is_in_fp32():
-    precisions = []
-
-    def perceptual(fake, real):
-        precisions.append(torch.get_float32_matmul_precision())
-        return squared(fake, real)
-
-    outside = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # TF32, as the trainings set it on a GPU
-    try:
-        rae_decoder_train.evaluate(random_decoder(), FlatEncoder(), perceptual, FewImages(), 0)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(outside)
-    assert precisions == ["highest"]
-
-
-def no_number(text):
-    raise AssertionError(f"{text} is no JSON")
+# Runs
 
 
 def log(folder="runs/decoder"):
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=no_number) for line in lines]
-
-
-def test_an_exact_reconstruction_has_a_psnr_of_100_db(folder, monkeypatch):
-    """In the log, too, which is JSON: Infinity is not."""
-    Path("flat").mkdir()
-    for name, grey in (("a", 255), ("b", 153)):
-        Image.new("RGB", (32, 32), (grey, grey, grey)).save(f"flat/{name}.png")
-
-    def white(self, z):
-        zero = sum(0 * weight.sum() for weight in self.parameters())  # so that each has a gradient
-        return zero + torch.full((len(z), 3, 32, 32), 0.999)  # level 254.7, which a file rounds to 255
-
-    monkeypatch.setattr(Decoder, "forward", white)
-    run("--steps", 1, "--eval-data", "flat")
-    (score,) = [record["eval_psnr"] for record in log() if "eval_psnr" in record]
-    # The grey one is off by 102 levels of 255, which is 0.4.
-    assert score == pytest.approx((100 - 20 * math.log10(0.4)) / 2, abs=1e-3)
-
-
-# Runs
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def run(*flags):
     """The script in this process, on eight images a step, without LPIPS."""
     common = "--batch-size 8 --lpips-weight 0 --workers 0 --preview-every 0 --save-every 1 --precision fp32"
     rae_decoder_train.main([*common.split(), *map(str, flags)])
-
-
-GAN = "--gan-weight 0.75 --disc-weights random --disc-start 1 --gan-start 2".split()  # noqa: SIM905
 
 
 def test_learning_rate_at_exact_steps():
@@ -909,122 +707,43 @@ def test_learning_rate_at_exact_steps():
     assert [lr(60), lr(110)] == pytest.approx([1.1e-4, 2e-5])
 
 
-def test_schedules_at_exact_steps(folder, tiny_dino, monkeypatch, capsys):
-    calls = []
-
-    def decoder_step(_model, optimizer, _images, _z, _perceptual, disc, **_):
-        calls.append([optimizer.param_groups[0]["lr"], disc is not None, None])
-        return {"loss": torch.ones(())}, True
-
-    def disc_step(_model, optimizer, *_):
-        calls[-1][2] = optimizer.param_groups[0]["lr"]
-        return torch.ones(()), True
-
-    monkeypatch.setattr(rae_decoder_train, "decoder_step", decoder_step)
-    monkeypatch.setattr(rae_decoder_train, "disc_step", disc_step)
-    rates = ["--warmup-epochs", 1, "--lr", 3e-4, "--final-lr", 1e-4]
-    run(*GAN, *rates, "--epochs", 6)  # two steps an epoch
-    assert "ViT-mini, GAN from step 4 (" in capsys.readouterr().err
-    cosine = [1e-4 + 2e-4 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]
-    assert [lr for lr, _, _ in calls] == pytest.approx([1.5e-4, 3e-4, *cosine])
-    assert [gan for _, gan, _ in calls] == [step >= 4 for step in range(12)]
-    own = [lr for _, _, lr in calls]
-    assert own[:2] == [None] * 2 and own[2:] == pytest.approx([1.5e-4, 3e-4, *cosine[:8]])
-
-    # Steps count from 0: a run of four has none from step 4 on, one of five has one.
-    for steps, words in ((4, "GAN from step 4, after the end of this run ("), (5, "GAN from step 4 (")):
-        calls.clear()
-        run(*GAN, "--steps", steps, "--out", f"runs/{steps}")
-        assert f"ViT-mini, {words}" in capsys.readouterr().err
-        assert [gan for _, gan, _ in calls] == [False, False, False, False, True][:steps]
-
-
 @pytest.mark.parametrize(
-    ("flags", "warmup", "decay"),
+    ("flags", "warmup"),
     [
-        # An epoch is 100 steps.
-        ("--preset imagenet256 --epochs 160", 100, 0.9978),
-        ("--preset imagenet256 --steps 250", 25, 0.96),
-        ("--preset imagenet256 --steps 7", 0, 0),
-        ("--preset imagenet256 --steps 250 --warmup-epochs 0.5 --ema 0.999", 50, 0.999),
-        # small warms up for a twentieth of the run.
-        ("--preset small --batch-size 512", 40, 0.9875),
-        ("--preset small --batch-size 512 --steps 40", 2, 0.75),
-        ("--preset small --batch-size 512 --steps 40 --warmup-epochs 0.1 --ema 0.5", 10, 0.5),
+        # An epoch is 100 steps. small warms up for a twentieth of the run, and no run for more than a tenth.
+        ("--preset imagenet256 --steps 7", 0),
+        ("--preset small --batch-size 512", 40),
+        ("--preset small --batch-size 512 --steps 40", 2),
+        ("--preset small --batch-size 512 --steps 40 --warmup-epochs 0.1", 10),
     ],
 )
-def test_warm_up_and_ema_of_short_runs(flags, warmup, decay):
+def test_warm_up_of_short_runs(flags, warmup):
     args = rae_decoder_train.parse_args(["--data", "x", *flags.split()])
-    steps, found, _, _ = rae_decoder_train.schedule(args, 51_263, world=1)
-    assert found == warmup
-    assert rae_encoder.ema_decay(args, steps) == pytest.approx(decay, rel=1e-12)
+    assert rae_decoder_train.schedule(args, 51_263, world=1)[1] == warmup
 
 
-def test_a_short_run_by_its_defaults(folder):
-    """20 steps, of which an epoch has five: two of warm-up, and an EMA that halves."""
-    run("--batch-size", 4, "--steps", 20, "--lr", 1e-3, "--keep-every", 1, "--log-every", 1)
-    assert [record["lr"] for record in log()][:3] == pytest.approx([5e-4, 1e-3, 1e-3])
-    one, two = (read(f"runs/decoder/000000{step}.pt") for step in (1, 2))
-    for name, value in two["ema"].items():
-        assert torch.allclose(value, (one["ema"][name] + two["model"][name]) / 2, atol=1e-7), name
-    assert not equal(two["ema"], two["model"])
+def test_the_first_line_says_when_the_gan_begins():
+    """Steps count from 0: a run of four has none from step 4 on, one of five has one."""
+    args = rae_decoder_train.parse_args(["--data", "x", "--gan-weight", "1"])
+    summaries = [rae_decoder_train.decoder_summary(args, 4, steps) for steps in (4, 5)]
+    assert summaries == ["ViT-S, GAN from step 4, after the end of this run", "ViT-S, GAN from step 4"]
+    args.gan_weight = 0
+    assert rae_decoder_train.decoder_summary(args, 4, 9) == "ViT-S, no GAN"
 
 
-def test_lines_of_the_log_are_means_and_rates_of_their_steps(folder, monkeypatch):
-    run("--steps", 4, "--log-every", 1, "--out", "runs/each")
-    clock = iter([100.0, 102.0, 110.0])
-    monkeypatch.setattr(rae_decoder_train, "time", types.SimpleNamespace(time=clock.__next__))
-    run("--steps", 4, "--log-every", 3)
-    losses = [record["l1"] for record in log("runs/each")]
-    first, last = log()
-    assert (first["step"], last["step"]) == (3, 4) and len(set(losses)) == 4
-    assert (first["l1"], last["l1"]) == pytest.approx((sum(losses[:3]) / 3, losses[3]), rel=1e-6)
-    # 24 images in two seconds, then 8 in eight
-    assert (first["images_per_s"], last["images_per_s"]) == (12.0, 1.0)
-
-
-@pytest.mark.slow
-def test_a_run_with_the_discriminator_goes_on_from_any_checkpoint(folder, tiny_dino):
-    """With another number of workers, and from before the GAN loss begins."""
-    flags = [*GAN, "--steps", 9, "--keep-every", 1]
-    run(*flags)
-    run(*flags, "--resume", "runs/decoder/0000003.pt", "--out", "again", "--workers", 1)
-    whole, again = read("runs/decoder/last.pt"), read("again/last.pt")
-    for part in ("model", "ema", "optimizer", "disc", "disc_optimizer", "step", "config"):
-        assert equal(whole[part], again[part]), part
-    first, second, third = (read(f"runs/decoder/000000{k}.pt")["disc"] for k in (1, 2, 3))
-    assert equal(first, second) and not equal(second, third)
-    assert not list(Path("runs/decoder").glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    ("part", "every"),
-    [
-        ("evaluate", ["--save-every", 6, "--eval-every", 2]),
-        ("save_preview", ["--save-every", 2, "--preview-every", 2]),
-    ],
-)
-def test_what_follows_a_step_finds_it_saved(folder, monkeypatch, part, every):
-    """Memory can end there, or a time limit: the next run goes on behind that step."""
+def test_a_preview_that_fails_finds_its_step_saved(folder, monkeypatch):
+    """Memory can end there, or a time limit; a full disk ends no training."""
 
     def die(*_):
         raise MemoryError
 
-    monkeypatch.setattr(rae_decoder_train, part, die)
-    with pytest.raises(MemoryError):
-        run("--steps", 6, *every, "--eval-data", "data/demo")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rae_decoder_train, "save_preview", die)
+        run("--steps", 6, "--save-every", 2, "--preview-every", 2)
     assert read("runs/decoder/last.pt")["step"] == 2
-
-
-def test_a_preview_begins_with_whole_images(folder):
-    """Training has crops. Without --eval-data nothing is evaluated."""
-    run("--steps", 1, "--preview-every", 1)
-    sheet = np.asarray(Image.open("runs/decoder/preview-0000001.png"))
-    data = rae_encoder.ImageData("data/demo", 32)
-    originals = [data[0, i * 22 // 8][0].permute(1, 2, 0).numpy() for i in range(8)]
-    assert sheet.shape == (64, 256, 3)
-    assert np.array_equal(sheet[:32], np.concatenate(originals, axis=1))
-    assert "eval_psnr" not in log()[-1]
+    Path(f"runs/decoder/preview-0000003.png.{os.getpid()}.tmp").symlink_to("/dev/full")
+    run("--steps", 3, "--preview-every", 3)
+    assert read("runs/decoder/last.pt")["step"] == 3 and not Path("runs/decoder/preview-0000003.png").exists()
 
 
 def test_losses_and_previews_are_in_tensorboard(folder):
@@ -1032,55 +751,43 @@ def test_losses_and_previews_are_in_tensorboard(folder):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("--steps", 2, "--log-every", 1, "--preview-every", 1, "--out", "runs/board")
-    events = EventAccumulator("runs/board").Reload()
-    losses = {record["step"]: record["loss"] for record in log("runs/board")}
-    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
+    run("--steps", 2, "--log-every", 1, "--preview-every", 1)
+    events = EventAccumulator("runs/decoder").Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx({record["step"]: record["loss"] for record in log()})
     assert [event.step for event in events.Images("preview")] == [1, 2]
-    with open("runs/board/preview-0000002.png", "rb") as file:
-        expected = np.asarray(Image.open(file))
     picture = Image.open(io.BytesIO(events.Images("preview")[1].encoded_image_string))
-    assert np.array_equal(np.asarray(picture), expected)
-
-
-# Flags
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        ("--gan-weight 1 --gan-start 0", "--gan-start 0.0 is before --disc-start 6"),
-        ("--decoder ViT-nano", "argument --decoder: ViT-nano: not one of ViT-mini, ViT-S, "),
-        ("--noise-law normal", "argument --noise-law: invalid choice: 'normal'"),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, line):
-    assert line in message(rae_decoder_train.parse_args, flags.split())
-
-
-def test_names_of_decoders_are_known_in_any_case():
-    assert rae_decoder_train.parse_args(["--decoder", "vit-s"]).decoder == "ViT-S"
+    with Image.open("runs/decoder/preview-0000002.png") as expected:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
 def test_bad_runs_end_in_one_line(folder):
     run("--steps", 2)
     last = Path("runs/decoder/last.pt")
     whole = last.read_bytes()
+    bare = read(last)["ema"]
+    torch.save(bare, "bare.pt")
 
     def refused(line, *flags):
-        assert re.match(line, message(run, "--steps", 3, *flags))
+        assert re.match(line, message(run, "--steps", 3, *map(str, flags)))
 
     # A run that goes on has the settings that it began with.
-    refused("this run has gan True, runs/decoder/last.pt has .*False: same flags, or another --out", *GAN)
+    refused("this run has gan True, .*last.pt has .*False: same flags, or another --out", *ADVERSARIES)
     refused("this run has noise_tau 0.3, runs/decoder/last.pt has .*0.2: same flags", "--noise-tau", 0.3)
     refused("this run has noise_law half-normal, .*last.pt has .*uniform: ", "--noise-law", "half-normal")
-    refused(r"this run has decoder {.*'mean': \[0.0, .*last.pt has .*'mean': \[0.5, ", "--raw-pixels")
-    refused("--init none.pt: no such file", "--init", "none.pt")
-
-    refused("--eval-data none: No such file", "--eval-data", "none")
+    refused(r"this run has decoder {.*'mean': \(0.0, .*last.pt has .*'mean': \(0.5, ", "--raw-pixels")
     refused("--image-size 32: no multiple of --patch-size 12", "--patch-size", 12, "--encoder-size", 64)
-    refused("--data data/demo: 22 images, fewer than --batch-size 32", "--batch-size", 32)
-    refused("--batch-size 8 is no multiple of 1 ranks x 3 --accum", "--accum", 3)
+    refused("--gan-start 0.0 is before --disc-start 6", "--gan-weight", 1, "--gan-start", 0)
+
+    # Weights to start from are of the same latents and sizes.
+    init = "--init", "runs/decoder/last.pt"
+    refused("--init none.pt: no such file", "--init", "none.pt")
+    refused(r"this run has layers \[0, 2\], --init .*last.pt has .*None: ", *init, "--layers", "0,2")
+    refused("this run has encoder_size 32, --init .*last.pt has .*64: ", *init, "--encoder-size", 32)
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), "vit.pt")
+    refused(r"this run has encoder_hash \w+, --init .* has \w+", *init, "--encoder-weights", "vit.pt")
+    refused("this run has name ViT-S, --init .*last.pt has .*ViT-mini: ", *init, "--decoder", "ViT-S")
+    refused("this run has grid 2, --init bare.pt has .*4: ", "--init", "bare.pt", "--patch-size", 16)
     assert last.read_bytes() == whole
 
 
@@ -1156,7 +863,7 @@ def test_init_takes_weights_with_the_pixels_they_were_trained_for(tmp_path, file
     z = torch.randn(1, 64, 4, 4)
     assert torch.equal(decoder(z), expected(z)) and torch.equal(ema(z), expected(z))
     for name in ("mean", "std"):
-        assert config["decoder"][name] == getattr(expected, name).flatten().tolist()
+        assert config["decoder"][name] == pytest.approx(getattr(expected, name).flatten().tolist())
 
 
 def test_a_run_starts_from_another_decoder_and_goes_on(folder):
@@ -1168,30 +875,6 @@ def test_a_run_starts_from_another_decoder_and_goes_on(folder):
     z = torch.randn(1, 64, 4, 4)
     assert read("runs/decoder/last.pt")["step"] == 2
     assert torch.allclose(decoder(z), expected(z), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("flags", "key", "ours", "other"),
-    [
-        (["--layers", "0,2"], "layers", r"\[0, 2\]", "None"),
-        (["--encoder-size", 32], "encoder_size", "32", "64"),
-        (["--encoder-weights", "vit.pt"], "encoder_hash", "[0-9a-f]{12}", "[0-9a-f]{12}"),
-    ],
-)
-def test_init_of_other_latents_is_refused_with_both_values(tmp_path, monkeypatch, flags, key, ours, other):
-    monkeypatch.chdir(tmp_path)
-    write_decoder("start.pt")
-    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), "vit.pt")
-    line = message(opened, "--init", "start.pt", *flags)
-    assert re.fullmatch(f"this run has {key} {ours}, --init start.pt has .*{other}: .*", line)
-
-
-def test_init_of_another_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(write_decoder("start.pt").state_dict(), "bare.pt")
-    for flags in (["start.pt", "--decoder", "ViT-S"], ["bare.pt", "--patch-size", 16]):
-        line = message(opened, "--init", *flags)
-        assert line.startswith(f"--init {flags[0]}: of other sizes than this run (")
 
 
 # A step that is not finite
@@ -1259,70 +942,3 @@ def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, ti
     discriminator = "step {}: the discriminator's update was skipped, not finite: disc nan".format
     assert lines[:2] == [discriminator(2), discriminator(3)] and len(lines) == 3
     assert lines[2].startswith("step 5: the decoder's update was skipped, not finite: l1 nan, gan ")
-
-
-@pytest.mark.slow
-def test_ten_steps_of_the_discriminator_in_a_row_end_the_run(folder, tiny_dino, poisoned):
-    poisoned("disc_step", range(3, 100))
-    flags = [*ADVERSARIES, "--steps", 30, "--save-every", 9, "--keep-every", 9]
-    line = message(run, *flags)
-    problem = "step 12: 10 updates of the discriminator in a row not finite"
-    assert line == f"{problem}; try a lower --lr or --precision fp32"
-    last, before = read("runs/decoder/last.pt"), read("runs/decoder/0000009.pt")
-    assert last["step"] == 12 and all_finite(last)
-    assert equal(trained_heads(last), trained_heads(before))
-    assert not equal(last["model"], before["model"]) and not equal(last["ema"], before["ema"])
-    assert (log()[-1]["step"], log()[-1]["skipped"]) == (12, 10)
-
-
-@pytest.mark.slow
-def test_nine_steps_of_each_network_end_nothing(folder, tiny_dino, poisoned):
-    """The discriminator takes no step behind a decoder's that is not finite: its count goes on later."""
-    poisoned("decoder_step", range(5, 14))
-    poisoned("disc_step", range(1, 10))
-    run(*ADVERSARIES, "--steps", 20, "--save-every", 20)
-    assert log()[-1]["skipped"] == 18
-    assert read("runs/decoder/last.pt")["disc_optimizer"]["state"][0]["step"] == 2
-
-
-# The next command
-
-
-def next_flags(text):
-    """flow_train.py's flags in the last line of a run, by its own parser."""
-    line = text.splitlines()[-1]
-    command = shlex.split(line.split("; next: ")[1])
-    return command, flow_train.parse_args(command[command.index("flow_train.py") + 1 :])
-
-
-def test_the_last_line_can_be_pasted(folder, capsys):
-    """Stage 2 takes the images, the encoder and all that decides latents from the checkpoint it names."""
-    os.rename("data/demo", "my photos")
-    known = {
-        "data": "my photos",
-        "encoder": "test_vit",
-        "encoder_weights": "random",
-        "encoder_size": 48,
-        "layers": "1,3",
-        "image_size": 24,
-        "patch_size": 8,
-        "flip": False,
-    }
-    flags = []
-    for name, value in known.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    run(*flags[:-2], "--no-flip", "--decoder", "ViT-mini", "--steps", 1, "--out", "my runs/a b")
-    text = capsys.readouterr().err
-    assert text.splitlines()[-1].startswith("my runs/a b/last.pt: step 1 of 1; next: python flow_train.py ")
-    command, args = next_flags(text)
-    assert command[0] == "python"
-    known |= {"encoder": rae_encoder.timm_name("test_vit"), "layers": [1, 3]}
-    assert {name: getattr(args, name) for name in known} == known
-    assert (args.preset, args.decoder, args.out) == ("small", "my runs/a b/last.pt", "my runs/flow")
-
-
-def test_the_last_line_of_the_demo(folder, capsys):
-    run("--steps", 1)
-    command, args = next_flags(capsys.readouterr().err)
-    assert (args.preset, args.data, args.out) == ("demo", "data/demo", "runs/flow")
-    assert command == ["python", "flow_train.py", "--decoder", "runs/decoder/last.pt"]
