@@ -5,6 +5,7 @@ small. Nothing here needs a network.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -33,6 +34,8 @@ import sample
 ROOT = Path(__file__).parents[1]
 REPO = "nyu-visionx/RAE-collections"
 COMMIT = "0123456789" * 4
+NAME = f"hub:{REPO}/a/model.pt"
+CANNOT = "can't be fetched"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,25 +128,29 @@ def bodies(server, path="a/model.pt"):
     return sum(command == "GET" and name.endswith(path) for command, name in server.requests)
 
 
-def asked_for(server):
-    """The files that were asked for; huggingface_hub has requests of its own, too."""
-    return {path.split("/resolve/main/")[1] for _, path in server.requests if "/resolve/main/" in path}
-
-
 def blobs(tmp_path):
     """The whole files in the cache; not what is left of a download that was cut."""
     return [path for path in tmp_path.glob("hub-cache/*/blobs/*") if path.suffix != ".incomplete"]
 
 
-def test_a_file_is_fetched_once_into_the_hubs_cache(hub, tmp_path):
-    name = f"hub:{REPO}/a/model.pt"
+def test_a_file_is_fetched_once_into_the_hubs_cache(hub, tmp_path, monkeypatch):
+    """By four ranks at once; then the cache serves, also without a network."""
     data = hub.repositories[REPO]["a/model.pt"]
-    path = Path(rae_encoder.local_file(name, "--flow"))
-    assert path.read_bytes() == data and path.is_relative_to(tmp_path / "hub-cache")
-    # The second time it is not fetched, and there is one copy on the disk.
-    assert Path(rae_encoder.local_file(name, "--flow")) == path
-    assert bodies(hub) == 1
-    assert [blob.stat().st_size for blob in blobs(tmp_path)] == [len(data)]
+    with ThreadPoolExecutor(4) as ranks:
+        paths = list(ranks.map(rae_encoder.local_file, [NAME] * 4, ["--flow"] * 4))
+    assert len(set(paths)) == 1 and bodies(hub) == 1
+    assert Path(paths[0]).read_bytes() == data and Path(paths[0]).is_relative_to(tmp_path / "hub-cache")
+    assert [blob.stat().st_size for blob in blobs(tmp_path)] == [len(data)]  # one copy on the disk
+    assert rae_encoder.local_file(NAME, "--flow") == paths[0] and bodies(hub) == 1
+
+    with monkeypatch.context() as unreachable:
+        use_endpoint(unreachable, 1)  # nothing listens there
+        assert rae_encoder.local_file(NAME, "--flow") == paths[0]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    number = len(hub.requests)
+    assert rae_encoder.local_file(NAME, "--flow") == paths[0]
+    assert CANNOT in message(rae_encoder.local_file, f"hub:{REPO}/b.pt", "--flow")
+    assert len(hub.requests) == number
 
 
 def test_the_file_is_named_before_anything_is_asked(hub, monkeypatch, capsys, tmp_path):
@@ -154,114 +161,73 @@ def test_the_file_is_named_before_anything_is_asked(hub, monkeypatch, capsys, tm
         raise OSError("no network")
 
     monkeypatch.setattr(rae_encoder, "hf_hub_download", download)
-    name = f"hub:{REPO}/a/model.pt"
-    line = message(rae_encoder.local_file, name, "--flow")
-    assert printed == [f"{name}, fetched into {tmp_path}/hub-cache where it is missing\n"]
-    assert line.endswith("(OSError: no network); a local file does as well")
-
-    # One of several ranks speaks.
-    monkeypatch.setenv("RANK", "1")
-    message(rae_encoder.local_file, name, "--flow")
-    assert printed[1] == ""
+    assert "no network" in message(rae_encoder.local_file, NAME, "--flow")
+    monkeypatch.setenv("RANK", "1")  # of several ranks one speaks
+    message(rae_encoder.local_file, NAME, "--flow")
+    assert printed == [f"{NAME}, fetched into {tmp_path}/hub-cache where it is missing\n", ""]
 
 
-def test_ranks_fetch_it_once(hub):
-    with ThreadPoolExecutor(4) as ranks:
-        paths = list(ranks.map(rae_encoder.local_file, [f"hub:{REPO}/a/model.pt"] * 4, ["--flow"] * 4))
-    assert len(set(paths)) == 1 and bodies(hub) == 1
-    assert Path(paths[0]).read_bytes() == hub.repositories[REPO]["a/model.pt"]
-
-
-def test_a_download_that_is_cut_is_resumed_or_made_anew(hub, tmp_path):
-    hub.cut["a/model.pt"] = 1
-    for _ in range(2):  # huggingface_hub 0.x gives up at the first cut and resumes in the next call
-        try:
-            path = rae_encoder.local_file(f"hub:{REPO}/a/model.pt", "--flow")
-            break
-        except SystemExit as error:
-            assert f"--flow hub:{REPO}/a/model.pt: can't be fetched" in str(error)
-            assert not blobs(tmp_path)
-    assert Path(path).read_bytes() == hub.repositories[REPO]["a/model.pt"]
-    assert bodies(hub) == 2
-
-
-def test_a_download_that_is_always_cut_is_never_read(hub, tmp_path):
+def test_a_download_that_is_cut_is_never_read_but_resumed(hub, tmp_path):
     hub.cut["a/model.pt"] = 1000
-    line = message(rae_encoder.read_weights, f"hub:{REPO}/a/model.pt", "--decoder")
-    assert line.startswith(f"--decoder hub:{REPO}/a/model.pt: can't be fetched")
-    assert line.endswith("a local file does as well")
+    line = message(rae_encoder.read_weights, NAME, "--decoder")
+    assert line.startswith(f"--decoder {NAME}: {CANNOT}") and line.endswith("a local file does as well")
     assert not blobs(tmp_path) and not list(tmp_path.glob("hub-cache/*/snapshots/*/a/model.pt"))
 
-    hub.cut.clear()
-    path = rae_encoder.local_file(f"hub:{REPO}/a/model.pt", "--decoder")
+    hub.cut["a/model.pt"] = 1
+    number = bodies(hub)
+    for _ in range(2):  # huggingface_hub 0.x gives up at the first cut and resumes in the next call
+        try:
+            path = rae_encoder.local_file(NAME, "--flow")
+            break
+        except SystemExit:
+            assert not blobs(tmp_path)
     assert Path(path).read_bytes() == hub.repositories[REPO]["a/model.pt"]
+    assert bodies(hub) == number + 2
 
 
 @pytest.mark.parametrize(
-    "name, line",
+    ("name", "error"),
     [
-        (
-            f"{REPO}/b.pt",
-            rf"--x hub:{REPO}/b.pt: can't be .* \(\w*EntryNotFoundError: 404 .*\)",
-        ),
-        (
-            "no/repo/b.pt",
-            r"--x hub:no/repo/b.pt: can't be .* \(RepositoryNotFoundError: 401 .*\)",
-        ),
-        ("no/repo", r"--x hub:no/repo/diffusion_pytorch_model.safetensors: can't be .* \(Rep.*\)"),
-        (
-            "no--such/repo/b.pt",
-            r"--x hub:no--such/repo/b.pt: can't be .* \(HFValidationError: .*\)",
-        ),
+        (f"{REPO}/b.pt", r"\w*EntryNotFoundError: 404 .*"),
+        ("no/repo/b.pt", "RepositoryNotFoundError: 401 .*"),
+        ("no/repo", "RepositoryNotFoundError: 401 .*"),
+        ("no--such/repo/b.pt", "HFValidationError: .*"),
+        (f"{REPO}/a/model.pt", ".*"),  # where nothing listens
     ],
 )
-def test_what_the_hub_has_not_ends_in_one_line(hub, name, line):
-    assert re.fullmatch(
-        f"{line}; a local file does as well", message(rae_encoder.local_file, f"hub:{name}", "--x")
-    )
-
-
-def test_no_server_at_all(hub, monkeypatch):
-    use_endpoint(monkeypatch, 1)  # nothing listens there
-    line = message(rae_encoder.local_file, f"hub:{REPO}/a/model.pt", "--flow")
-    assert re.fullmatch(f"--flow hub:{REPO}/a/model.pt: can't be fetched .*; a local file does as well", line)
-
-
-def test_without_network_the_cache_serves(hub, monkeypatch):
-    name = f"hub:{REPO}/a/model.pt"
-    path = rae_encoder.local_file(name, "--flow")
-
-    with monkeypatch.context() as unreachable:
-        use_endpoint(unreachable, 1)
-        assert rae_encoder.local_file(name, "--flow") == path
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    number = len(hub.requests)
-    assert rae_encoder.local_file(name, "--flow") == path
-    assert "can't be fetched" in message(rae_encoder.local_file, f"hub:{REPO}/b.pt", "--flow")
-    assert len(hub.requests) == number
+def test_what_the_hub_has_not_ends_in_one_line(hub, monkeypatch, name, error):
+    if error == ".*":
+        use_endpoint(monkeypatch, 1)
+    file = "/diffusion_pytorch_model.safetensors" if name == "no/repo" else ""
+    line = rf"--x hub:{name}{file}: {CANNOT} .*\({error}\); a local file does as well"
+    assert re.fullmatch(line, message(rae_encoder.local_file, f"hub:{name}", "--x"))
 
 
 def test_timms_own_downloads_are_named(hub, capsys):
     line = message(rae_encoder.Encoder, "dinov2-small")
     name = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
     assert f"hub:{name}/model.safetensors, fetched into " in capsys.readouterr().err
-    assert f"model.safetensors of {name} can't be fetched" in line
+    assert f"model.safetensors of {name}" in line
     assert "--encoder-weights FILE takes a local copy" in line
 
 
 # The released networks
 
-
 SIZES = {"width": 32, "depth": 2, "heads": 2, "head_width": 32, "head_depth": 2, "head_heads": 2}
 SHAPE = (6, 16, 16)
+FAST = "-n 2 --steps 2 --precision fp32 --device cpu --no-compile"
+DIT = "DiTs/Dinov2/wReg_base/ImageNet{}/DiTDH-{}/stage2_model.pt"
+FLOWS = {256: ("XL", "S_ep14"), 512: ("XL_ep400", "S_ep20")}  # and the weak networks
+DECODERS = {
+    size: f"decoders/dinov2/wReg_base/ViTXL_n08{end}/model.pt" for size, end in ((256, ""), (512, "_i512"))
+}
+STATS = {size: f"stats/dinov2/wReg_base/imagenet1k{end}/stat.pt" for size, end in ((256, ""), (512, "_512"))}
 
 
 def as_bytes(file):
-    path = Path(f"bytes-{os.getpid()}.pt")
-    torch.save(file, path)
-    data = path.read_bytes()
-    path.unlink()
-    return data
+    buffer = io.BytesIO()
+    torch.save(file, buffer)
+    return buffer.getvalue()
 
 
 def network(seed):
@@ -285,16 +251,12 @@ def released(server, tmp_path, monkeypatch):
     torch.manual_seed(0)
     white = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     decoder = rae_decoder_train.Decoder(name="ViT-mini", channels=6, grid=16, patch_size=2, **white)
-    files = {
-        "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt": network(1),
-        "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt": network(2),
-        "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt": network(3),
-        "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt": network(4),
-        "decoders/dinov2/wReg_base/ViTXL_n08/model.pt": decoder.state_dict(),
-        "decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt": decoder.state_dict(),
-        "stats/dinov2/wReg_base/imagenet1k/stat.pt": statistics(5),
-        "stats/dinov2/wReg_base/imagenet1k_512/stat.pt": statistics(6),
-    }
+    files = {}
+    for size, flows in FLOWS.items():
+        for k, flow in enumerate(flows):
+            files[DIT.format(size, flow)] = network(size + k)
+        files[DECODERS[size]] = decoder.state_dict()
+        files[STATS[size]] = statistics(size)
     server.repositories[REPO] = {path: as_bytes(file) for path, file in files.items()}
     return files
 
@@ -303,31 +265,20 @@ def pixels(folder, num=2):
     return np.stack([np.array(Image.open(f"{folder}/{i:06d}.png")) for i in range(num)])
 
 
-FAST = "-n 2 --steps 2 --precision fp32 --device cpu --no-compile"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "size, flow, weak, scale", [(256, "XL", "S_ep14", 1.42), (512, "XL_ep400", "S_ep20", 1.5)]
-)
-def test_presets_are_the_released_networks(hub, released, size, flow, weak, scale):
-    folder = f"DiTs/Dinov2/wReg_base/ImageNet{size}/DiTDH-"
-    torch.save(released[f"{folder}{flow}/stage2_model.pt"], "flow.pt")
-    torch.save(released[f"{folder}{weak}/stage2_model.pt"], "weak.pt")
-    torch.save(released["decoders/dinov2/wReg_base/ViTXL_n08/model.pt"], "decoder.pt")
-    suffix = "" if size == 256 else "_512"
-    torch.save(released[f"stats/dinov2/wReg_base/imagenet1k{suffix}/stat.pt"], "stats.pt")
+@pytest.mark.parametrize(("size", "scale"), [(256, 1.42), (512, 1.5)])
+def test_presets_are_the_released_networks(hub, released, size, scale):
+    """huggingface_hub has requests of its own, too."""
+    flow, weak = (DIT.format(size, name) for name in FLOWS[size])
+    names = {"flow": flow, "weak": weak, "decoder": DECODERS[size], "stats": STATS[size]}
+    for name, path in names.items():
+        torch.save(released[path], f"{name}.pt")
     local = f"{FAST} --flow flow.pt --decoder decoder.pt --stats stats.pt"
-
     for guide, local_guide in (("", ""), ("--autoguide", f"--autoguide weak.pt --cfg {scale}")):
         hub.requests.clear()
         sample.main(f"--preset imagenet{size} {FAST} {guide} --out preset{guide}".split())
-        suffix_of_decoder = "" if size == 256 else "_i512"
-        files = {f"{folder}{flow}/stage2_model.pt", f"stats/dinov2/wReg_base/imagenet1k{suffix}/stat.pt"}
-        files.add(f"decoders/dinov2/wReg_base/ViTXL_n08{suffix_of_decoder}/model.pt")
-        if guide:
-            files.add(f"{folder}{weak}/stage2_model.pt")
-        assert asked_for(hub) == files
+        asked = {path.split("/resolve/main/")[1] for _, path in hub.requests if "/resolve/main/" in path}
+        assert asked == set(names.values()) - (set() if guide else {weak})
         sample.main(f"{local} {local_guide} --out local{guide}".split())
         np.testing.assert_array_equal(pixels(f"preset{guide}"), pixels(f"local{guide}"))
         settings = json.loads(Path(f"preset{guide}/settings.json").read_text())
@@ -336,21 +287,8 @@ def test_presets_are_the_released_networks(hub, released, size, flow, weak, scal
     assert not np.array_equal(pixels("preset"), pixels("preset--autoguide"))
 
 
-def test_the_scale_of_autoguide_can_be_given(hub, released):
-    assert sample.parse_args(["--preset", "imagenet256", "--autoguide", "--cfg", "2"]).cfg == 2
-    assert sample.parse_args(["--preset", "imagenet512", "--autoguide"]).cfg == 1.5
-    assert sample.parse_args(["--preset", "imagenet256"]).cfg is None
-    line = "--autoguide: expected FILE, but with --preset imagenet256 or imagenet512"
-    for flags in ("--autoguide", "--preset small --autoguide --cfg 2", "--autoguide --npz"):
-        assert message(sample.parse_args, flags.split()) == line
-    assert "--cfg SCALE" in message(sample.parse_args, ["--preset", "imagenet256", "--autoguide", "weak.pt"])
-    assert "--cfg SCALE" in message(
-        sample.parse_args, ["--preset", "imagenet256", "--autoguide", "--cfg", "1"]
-    )
-
-
-def test_whose_statistics_count(hub, released):
-    """--stats, then those of the flow or its decoder, then the preset's."""
+def test_whose_statistics_count(hub, released, monkeypatch):
+    """--stats, then those of the flow, of its decoder, of the preset."""
     preset = ["--preset", "imagenet256"]
     torch.save(statistics(8), "given.pt")
     config = {"latent_shape": list(SHAPE)}
@@ -358,7 +296,7 @@ def test_whose_statistics_count(hub, released):
     for flags, file, seed in (
         ([*preset, "--stats", "given.pt"], known, 8),
         (preset, known, 7),
-        (preset, config, 5),
+        (preset, config, 256),
     ):
         mean, std = sample.open_statistics(sample.parse_args(flags), file, "cpu")
         assert torch.equal(mean, statistics(seed)["mean"])
@@ -366,17 +304,14 @@ def test_whose_statistics_count(hub, released):
     line = message(sample.open_statistics, sample.parse_args(["--flow", "bare.pt"]), config, "cpu")
     assert line == "--flow bare.pt: does not tell its latents' statistics; --stats FILE"
 
-
-@pytest.mark.parametrize("in_flow", [False, True])
-def test_a_flows_statistics_go_over_its_decoders(hub, released, monkeypatch, in_flow):
-    torch.save(released["decoders/dinov2/wReg_base/ViTXL_n08/model.pt"], "decoder.pt")
+    torch.save(released[DECODERS[256]], "decoder.pt")
     decoder, _ = rae_decoder_train.load_decoder("decoder.pt")
-    own, other = tuple(statistics(7).values()), tuple(statistics(9).values())
+    other = tuple(statistics(9).values())
     monkeypatch.setattr(sample, "load_decoder", lambda *_: (decoder, {"statistics": other}))
-    flow = {"latent_shape": list(SHAPE)} | ({"statistics": own} if in_flow else {})
-    args = sample.parse_args(["--flow", "flow.pt", "--decoder", "decoder.pt"])
-    _, known = sample.open_decoder(args, "decoder.pt", flow, torch.device("cpu"))
-    assert known["statistics"] is (own if in_flow else other)
+    for flow, expected in ((known, known["statistics"]), (config, other)):
+        args = sample.parse_args(["--flow", "flow.pt", "--decoder", "decoder.pt"])
+        _, found = sample.open_decoder(args, "decoder.pt", flow, torch.device("cpu"))
+        assert found["statistics"] is expected
 
 
 @pytest.mark.slow
@@ -395,9 +330,7 @@ def test_one_command_and_then_without_network(hub, released, tmp_path, monkeypat
     process = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     cache = tmp_path / "home" / "hub"
-    names = [name for name in released if "256" in name or name.endswith(("n08/model.pt", "1k/stat.pt"))]
-    assert len(names) == 4
-    for name in names:
+    for name in (*(DIT.format(256, flow) for flow in FLOWS[256]), DECODERS[256], STATS[256]):
         assert f"hub:{REPO}/{name}, fetched into {cache} where it is missing\n" in process.stderr
         assert bodies(hub, name) == 1
 
@@ -411,12 +344,11 @@ def test_one_command_and_then_without_network(hub, released, tmp_path, monkeypat
 
 @pytest.mark.parametrize("flag", ["--flow", "--decoder", "--stats", "--autoguide"])
 def test_sampling_takes_hub_names_one_by_one(hub, released, flag):
-    preset = sample.PRESETS["imagenet256"]
-    flags = {f"--{name}": preset[name] for name in ("flow", "decoder", "stats")}
+    flags = {f"--{name}": sample.PRESETS["imagenet256"][name] for name in ("flow", "decoder", "stats")}
     flags |= {"--autoguide": sample.AUTOGUIDE["imagenet256"][0], "--cfg": "1.42"}
     flags[flag] = f"hub:{REPO}/none.pt"
     line = message(sample.main, [*FAST.split(), *(part for pair in flags.items() for part in pair)])
-    assert line.startswith(f"{flag} hub:{REPO}/none.pt: can't be fetched")
+    assert line.startswith(f"{flag} hub:{REPO}/none.pt: {CANNOT}")
 
 
 # The other files of weights
@@ -428,12 +360,10 @@ def test_encoders_and_starts_come_from_the_hub(hub, released):
     assert rae_encoder.Encoder("test_vit", 32, 32, "hub:a/b/vit.pt").hash == encoder.hash
 
     network = dit_dh.build("DiT-DH-S", SHAPE, 1000, **SIZES)
-    config = {"latent_shape": list(SHAPE), "sizes": network.sizes, "prediction": "v", "base_depth": None}
-    config["classes"] = [str(number) for number in range(1000)]
-    name = "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"
+    config = {"latent_shape": list(SHAPE), "sizes": network.sizes, "classes": [*map(str, range(1000))]}
+    name = DIT.format(256, "XL")
     flow_train.initialise(network, config, f"hub:{REPO}/{name}")
-    state = network.state_dict()
-    assert all(torch.equal(state[key], value) for key, value in released[name].items())
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in released[name].items())
 
 
 def test_a_repository_without_a_path_is_a_folder_of_two_files(hub, monkeypatch):
