@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import errno
 import hashlib
 import json
 import logging
@@ -29,7 +28,6 @@ import sys
 import time
 import warnings
 import zipfile
-from functools import partial
 
 import numpy as np
 import timm
@@ -44,7 +42,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import load_state_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.transforms.functional import crop, pil_to_tensor, resize
 from tqdm import tqdm
 
@@ -94,9 +92,11 @@ class Encoder(nn.Module):
         patch = self.vit.patch_embed.patch_size[0]
         self.encoder_size = encoder_size or patch * image_size // patch_size
         self.grid = self.encoder_size // patch
-        if self.grid == 0 or self.encoder_size % patch:
-            problem = f"would see {self.encoder_size} pixels a side, no multiple of its patch size {patch}"
-            raise SystemExit(f"--encoder {name}: {problem}; change --encoder-size or --patch-size")
+        if self.encoder_size % patch:
+            raise SystemExit(
+                f"--encoder {name}: would see {self.encoder_size} pixels a side, no multiple of its patch "
+                f"size {patch}; change --encoder-size or --patch-size"
+            )
         self.resize_positions()
 
         # A ViT without a final norm gets one, too.
@@ -171,13 +171,12 @@ def load_vit(name, weights, flag="--encoder"):
             torch.manual_seed(0)  # untrained weights are the same in every script and on every rank
             vit = timm.create_model(name, pretrained=weights != "random", num_classes=0, **options)
     except Exception as error:  # timm, torch, safetensors and the hub raise many kinds
-        if weights:
-            problem = f"{flag}-weights {weights}: no weights of timm's {name}"
-        else:
-            problem = f"{flag} {name}: model.safetensors of {repository} can't be fetched from the hub"
-        raise SystemExit(f"{problem} ({reason(error)}); {flag}-weights FILE takes a local copy") from None
+        raise SystemExit(
+            f"{flag} {name}: {weights or f'model.safetensors of {repository}'} is not to be had, or does not "
+            f"fit ({reason(error)}); {flag}-weights FILE takes a local copy"
+        ) from None
 
-    plain = all(hasattr(vit, attribute) for attribute in ("num_prefix_tokens", "pos_embed", "set_input_size"))
+    plain = hasattr(vit, "pos_embed") and hasattr(vit, "set_input_size")
     if not plain or not isinstance(vit.patch_embed, PatchEmbed):
         raise SystemExit(f"{flag} {name}: not a plain ViT, with patches and tokens of one size")
     return vit
@@ -186,9 +185,10 @@ def load_vit(name, weights, flag="--encoder"):
 def timm_name(name):
     """The full timm name of an encoder. Raises SystemExit for one that timm does not know."""
     full = ALIASES.get(name, name)
-    # A name without a tag may be any architecture of timm; for a name with a tag timm must know weights.
-    if not timm.is_model(full) or ("." in full and not timm.models.is_model_pretrained(full)):
-        raise SystemExit(f"--encoder {name}: neither one of {', '.join(ALIASES)} nor a name that timm knows")
+    if not timm.models.is_model_pretrained(full):
+        raise SystemExit(
+            f"--encoder {name}: neither one of {', '.join(ALIASES)} nor one of timm's with weights"
+        )
     return full
 
 
@@ -198,7 +198,7 @@ def block_numbers(layers, name, depth):
         layers = list(range(1, depth))
     if layers in (None, "last"):
         return None
-    if not layers or layers[-1] >= depth:
+    if layers[-1] >= depth:
         raise SystemExit(f"--layers: {name} has blocks 0 to {depth - 1}, of which {layers} can't be averaged")
     return layers
 
@@ -262,13 +262,15 @@ def load_statistics(path, config, flag="--stats"):
     """
     file = read_weights(path, flag)
     check_same(config, "this run", file.get("config", {}), f"{flag} {path}", (*LATENTS, "image_size"))
+    if not {"mean", "var"} & file.keys():
+        raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
     moments = []
     for key, default in (("mean", 0.0), ("var", 1.0)):
-        value = file.get(key)
         # Released files have mean None where the encoder's own norm centres the tokens.
-        moment = torch.tensor(default) if value is None else value
-        if not {"mean", "var"} & file.keys() or not torch.is_tensor(moment):
-            raise SystemExit(f"{flag} {path}: no latent statistics; `rae_encoder.py --out FILE` writes them")
+        moment = file.get(key)
+        if moment is None:
+            moment = torch.tensor(default)
+        # A moment of each channel holds for all positions.
         if moment.ndim == 1:
             moment = moment[:, None, None]
         try:
@@ -332,7 +334,7 @@ def random_crop(image, size, rng):
     return crop(image, top, left, size, size)
 
 
-class ImageData(Dataset):
+class ImageData:
     """The images below a folder; classes are its leaf folders in natural order (list_images).
 
     Args:
@@ -342,28 +344,30 @@ class ImageData(Dataset):
         seed: with the epoch and the index it decides every random number of an image.
         skip_broken: put the next readable image in the place of a broken one, and mark it in `broken`.
 
-    data[epoch, i] is (uint8 image (3,S,S), class), or a line of text that says what is broken.
-    Raises SystemExit where there is no such folder or no image in it.
+    Attributes: classes, paths, labels (see list_images), hash of the listing, broken.
+    data[epoch, i] is (uint8 image (3,S,S), class). Raises ValueError for a broken image, and SystemExit where
+    there is no such folder or no image in it.
     """
 
     def __init__(self, root, size, augment=None, seed=0, skip_broken=False, flag="--data"):
         self.root = str(root)
         if os.path.isfile(self.root):
-            # One image is a folder of one.
+            # A single image, as --reconstruct takes it, is a folder of one.
             self.root, name = os.path.split(self.root)
-            self.names = np.array([os.fsencode(name)])
             self.classes = [""]
-            self.labels = np.zeros(1, np.int32)
+            self.paths = np.array([os.fsencode(name)])
+            self.labels = np.zeros(1, int)
         else:
-            self.classes, self.names, self.labels = list_images(self.root, flag)
+            self.classes, self.paths, self.labels = list_images(self.root, flag)
+        self.hash = hashlib.sha256(self.paths.tobytes()).hexdigest()[:12]
         self.size = size
         self.augment = augment
         self.seed = seed
         self.skip_broken = skip_broken
-        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()  # workers write into it
+        self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # workers write into it
 
     def __len__(self):
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, key):
         epoch, i = key
@@ -376,16 +380,18 @@ class ImageData(Dataset):
             except Exception as error:  # Pillow's decoders raise many kinds
                 self.broken[candidate] = True
                 if not self.skip_broken:
-                    problem = f"{self.path(candidate)}: not a readable image ({reason(error)})"
-                    return f"{problem}; repair it, remove it, or --skip-broken"
+                    raise ValueError(
+                        f"{self.path(candidate)}: not a readable image ({reason(error)}); repair it, remove "
+                        "it, or --skip-broken"
+                    ) from None
                 continue
             # Seeded by (epoch, i), not by the candidate, so a replaced image does not shift other draws.
             image = self.transform(image, np.random.default_rng((self.seed, epoch, i)))
             return pil_to_tensor(image), int(self.labels[candidate])
-        return f"{self.root}: every image is broken"
+        raise ValueError(f"{self.root}: every image is broken")
 
     def path(self, i):
-        return os.path.join(self.root, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
+        return os.path.join(self.root, os.fsdecode(self.paths[i]))
 
     def transform(self, image, rng):
         if self.augment == "crop":
@@ -394,15 +400,10 @@ class ImageData(Dataset):
         mirrored = self.augment == "flip" and is_mirrored(rng)
         return ImageOps.mirror(image) if mirrored else image
 
-    def hash(self):
-        """A short hash of the listing."""
-        return hashlib.sha256(self.names.tobytes() + self.labels.tobytes()).hexdigest()[:12]
-
     def summary(self):
         """Number, folder and first classes of the images, for a first line of output."""
-        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-        classes = f"{len(self.classes)} classes ({names})" if len(self.classes) > 1 else "one class"
-        return f"{len(self)} images of {self.root} in {classes}"
+        first = ", ".join(self.classes[:3])
+        return f"{len(self)} images of {self.root}, classes: {len(self.classes)} ({first})"
 
 
 def is_mirrored(rng):
@@ -415,13 +416,12 @@ def training_order(num, batch_size, seed, first_step, last_step, rank=0, world=1
 
     An epoch is a new permutation; images that do not fill its last batch are left out.
     """
+    # A run that goes on begins in the middle of an epoch, whose permutation it needs, too.
     steps_per_epoch = num // batch_size
-    shuffled = None  # the epoch of the permutation at hand
     for step in range(first_step, last_step):
         epoch, k = divmod(step, steps_per_epoch)
-        if epoch != shuffled:
+        if k == 0 or step == first_step:
             order = np.random.default_rng((seed, epoch)).permutation(num)
-            shuffled = epoch
         # The ranks take turns, so their shares make the batch of one process.
         batch = order[k * batch_size : (k + 1) * batch_size].tolist()
         yield [(epoch, i) for i in batch[rank::world]]
@@ -442,7 +442,6 @@ def load_images(data, order, device, workers=0):
     loader = DataLoader(
         data,
         batch_sampler=order,
-        collate_fn=collate_or_problem,
         num_workers=workers,
         worker_init_fn=obey_parent,
         timeout=60 if workers else 0,
@@ -451,14 +450,14 @@ def load_images(data, order, device, workers=0):
     try:
         batches = iter(loader)
         # torch's handler raises at any line of a step when a worker dies; the timeout reports that as well.
-        if workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD):
+        if workers and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for batch in batches:
-            if isinstance(batch, str):
-                raise SystemExit(batch)
+        for images, labels in batches:
             # Bytes travel to the device, a quarter of what floats would take.
-            images, labels = batch
             yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True)
+    except ValueError as error:
+        # A worker's error has its traceback for a message, of which the last line tells.
+        raise SystemExit(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
     except (RuntimeError, OSError) as error:
         raise SystemExit(
             f"loading images failed ({reason(error)}); --workers 0 does without processes, and in Docker "
@@ -469,76 +468,41 @@ def load_images(data, order, device, workers=0):
 # The command
 
 
-@contextlib.contextmanager
-def keeps_process_settings():
-    """Decorator of a main() that a longer process calls: what it changes there is put back at its end."""
-    precision = torch.get_float32_matmul_precision()
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    try:
-        with warnings.catch_warnings():
-            yield
-        leave_ranks()
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.enable_flash_sdp(flash)
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != handler:
-                signal.signal(number, handler)
-
-
-@keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = set_up(args)
 
     # Everything that can be wrong is found before the work.
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
-    num = min(args.num or len(data), len(data))
-    if num < max(2, world):
-        raise SystemExit(f"statistics of {num} images: needed are two, and one for each rank")
-    check_output(args.out)
+    if not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+        raise SystemExit(f"--out {args.out}: not in a folder that exists and can be written into")
     encoder = open_encoder(args).to(device)
-    check_ranks_agree(images=data.hash(), encoder=encoder.hash)
+    check_ranks_agree(images=data.hash, encoder=encoder.hash)
     if rank == 0:
         print(
-            f"{demo_notice(args.preset == 'demo')}{num} of {data.summary()}; "
+            f"{demo_notice(args.preset == 'demo')}{data.summary()}; "
             f"{encoder_summary(args, encoder)}; {world} x {device.type}, fp32",
             file=sys.stderr,
         )
 
     # One pass over the images and their mirrors, shared by the ranks
-    order = even_order(len(data), num, max(1, args.batch_size // world), rank, world)
+    order = even_order(len(data), len(data), max(1, args.batch_size // world), rank, world)
     views = encode_views(encoder, data, order, args.workers, args.flip)
-    progress = tqdm(views, total=len(order), desc="latent statistics", disable=rank > 0)
+    progress = tqdm(views, "latent statistics", len(order), disable=rank > 0)
     mean, var = latent_statistics(z for z, _ in progress)
-    broken = count_broken(data, device)
+    replaced = broken_images(data, device)
 
     if rank == 0:
-        config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip, "images": num}
+        config = {**encoder.config(), "image_size": args.image_size, "flip": args.flip}
         statistics = {"mean": mean.cpu(), "var": var.cpu(), "config": config}
         write_file(args.out, lambda file: torch.save(statistics, file))
-        replaced = f"; {broken} broken images were replaced by others" if broken else ""
-        print(f"{args.out}: mean and variance of {num} images, {[*mean.shape]}{replaced}", file=sys.stderr)
-
-
-def check_output(path):
-    """Raise SystemExit where the file of --out can't be written."""
-    # `x/.` is accessible only if x is a directory.
-    folder = os.path.join(os.path.dirname(path), ".")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise SystemExit(f"--out {path}: not a file in a folder that exists and can be written into")
+        print(f"{args.out}: mean and variance of {[*mean.shape]} latents{replaced}", file=sys.stderr)
 
 
 def parse_args(argv=None):
     parser = common_parser(__doc__)
-    add = parser.add_argument_group("output").add_argument
-    # torchrun takes --num for an abbreviation of a flag of its own.
-    add(
-        "-n", "--num", type=positive_int, help="images, drawn evenly; default: all; under torchrun only as -n"
-    )
-    add("--out", default="stats.pt", help="file for the statistics (%(default)s)")
-    return parse_with_preset(parser, PRESETS, argv)
+    parser.add_argument("--out", default="stats.pt", help="file for the statistics (%(default)s)")
+    return with_preset(parser, PRESETS, explicit_flags(parser, argv))
 
 
 # ---- Shared by the scripts: presets, flags, devices, runs, files, folders. No formula follows. ----
@@ -566,8 +530,12 @@ PRESETS = {
 # Keys of Encoder.config()
 LATENTS = ("encoder", "encoder_hash", "encoder_size", "layers", "latent_shape")
 AUTOENCODER = ("diffusion_pytorch_model.safetensors", "config.json")  # the files of diffusers' format
+PARTS = ("train", "val", "valid", "validation", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # job schedulers, Ctrl-C, hangup, job schedulers
+# Job schedulers send SIGTERM and SIGUSR1, Ctrl-C SIGINT, a closed terminal SIGHUP; Windows lacks two of them.
+STOP_SIGNALS = [
+    number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+]
 # Pillow refuses PNG text and colour profiles over 1 MB, but a picture is whole whatever its metadata.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -580,9 +548,9 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, but a mistake ends in one line."""
 
     def __init__(self, **options):
-        # Most flags and their help share a line, and no list of all flags comes before them.
-        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        # No list of all flags comes before their help.
         usage = "%(prog)s [--flag value ...]"
+        layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, usage=usage, allow_abbrev=False, **options)
 
     def error(self, message):
@@ -615,7 +583,7 @@ def layer_list(text):
     """An argparse type: `last`, `all`, or the numbers of two or more blocks, ascending, from 0."""
     if text in ("last", "all"):
         return text
-    layers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+    layers = [int(number) for number in text.split(",")]
     if len(layers) < 2 or layers != sorted(set(layers)) or layers[0] < 0:
         raise argparse.ArgumentTypeError(f"expected last, all, or ascending blocks as 5,7,9,11, got {text}")
     return layers
@@ -630,22 +598,29 @@ def common_parser(description):
     add("--data", metavar="DIR", help="folder of class folders, or of the images of one class")
     add("--image-size", type=positive_int, default=256, help="pixels a side (%(default)s)")
     add("--skip-broken", action="store_true", help="replace broken images by others and count them")
-    mirrored = "mirror half of the images in stage 2; --no-flip for letters, digits, signs"
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help=mirrored)
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the images in stage 2; --no-flip for letters, digits, signs",
+    )
 
     add = parser.add_argument_group("encoder").add_argument
-    names = ", ".join(ALIASES)
-    add("--encoder", default="dinov2-base", help=f"{names}, or any timm ViT by its full name (%(default)s)")
+    add(
+        "--encoder",
+        default="dinov2-base",
+        help=f"{', '.join(ALIASES)}, or any timm ViT by its full name (%(default)s)",
+    )
     add("--encoder-weights", metavar="FILE", help="with timm's keys, or `random`; default: the hub's")
     add("--encoder-size", type=positive_int, help="pixels a side that it sees; default: by --patch-size")
     add("--patch-size", type=positive_int, default=16, help="pixels of a token (%(default)s; small, demo: 8)")
-    blocks = "blocks to average, from 0 (RAEv2): `all` but the first, a list I,J,..., or the `last` alone"
     add(
         "--layers",
         type=layer_list,
         default="last",
         metavar="LIST",
-        help=f"{blocks} (%(default)s; small: all)",
+        help="blocks to average, from 0 (RAEv2): `all` but the first, a list I,J,..., or the `last` alone "
+        "(%(default)s; small: all)",
     )
 
     add = computing_flags(parser)
@@ -689,8 +664,11 @@ def training_parser(description):
         "--lr", type=non_negative_float, default=2e-4, help="AdamW's learning rate, the paper's (%(default)s)"
     )
     add("--final-lr", type=non_negative_float, default=2e-5, help="where its decay ends (%(default)s)")
-    averaged = "decay of the averaged weights (%(default)s; unless it is given, at most 1 - 10 / steps)"
-    add("--ema", type=share_below_one, help=averaged)
+    add(
+        "--ema",
+        type=share_below_one,
+        help="decay of the averaged weights (%(default)s; unless it is given, at most 1 - 10 / steps)",
+    )
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 (autocast) where it is faster")
     add("--checkpoint-activations", action="store_true", help="less memory for one more forward pass")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
@@ -714,42 +692,37 @@ def training_parser(description):
 
 
 def explicit_flags(parser, argv):
-    """The flags that are on the command line, as {name: value}; --help is left for later."""
-    argv = [text for text in (sys.argv[1:] if argv is None else argv) if text not in ("-h", "--help")]
+    """The flags that are on the command line, as {name: value}."""
     # argparse sets a default only where an attribute is missing; in this namespace all are there, as None.
     namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
     flags = vars(parser.parse_args(argv, namespace))
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def parse_with_preset(parser, presets, argv, inherited=()):
-    """Parse the flags: the command line wins over `inherited` (from a checkpoint), that over the preset.
+def with_preset(parser, presets, explicit, inherited=()):
+    """All flags: the `explicit` ones go over `inherited` (from a checkpoint), these over the preset.
 
-    args.explicit lists the names on the command line. Raises SystemExit for a preset without its data.
+    args.explicit holds the flags of the command line. Raises SystemExit for a preset without its data.
     """
-    explicit = explicit_flags(parser, argv)
-    inherited = dict(inherited)
-    name = explicit.get("preset") or inherited.get("preset")
-    if name is None:
-        name = "small" if "data" in explicit else "demo"
+    # A preset may come with the checkpoint; without one, the presence of --data decides.
+    known = {**dict(inherited), **explicit}
+    name = known.get("preset", "small" if "data" in explicit else "demo")
     if name == "demo" and "data" in explicit:
         raise SystemExit(f"--data {explicit['data']}: the demo draws its own images; name another --preset")
-    parser.set_defaults(**{**presets[name], **inherited, "preset": name})
+    parser.set_defaults(**{**presets[name], **known, "preset": name, "explicit": explicit})
     # plan_steps prefers --steps, so those of a preset must give way to --epochs on the command line.
     if "epochs" in explicit:
         parser.set_defaults(steps=None)
-    args = parser.parse_args(argv)
+    # set_defaults knows every flag by now, so the empty command line gives them all.
+    args = parser.parse_args([])
     if not args.data:
         raise SystemExit(f"--preset {name} needs --data DIR")
-    args.explicit = sorted(explicit)
     return args
 
 
 def ema_decay(args, steps):
     """--ema; by default at most 1 - 10 / steps, so that a short run's EMA forgets its untrained start."""
-    if "ema" in args.explicit:
-        return args.ema
-    return min(args.ema, max(0.0, 1 - 10 / steps))
+    return args.ema if "ema" in args.explicit else min(args.ema, max(0.0, 1 - 10 / steps))
 
 
 def demo_notice(demo):
@@ -774,14 +747,10 @@ def choose_device(name=None, local_rank=0):
     # The CPU is one device for all ranks.
     if name == "cpu":
         return torch.device("cpu")
-    # current_accelerator() returns cuda on a CUDA build even without a GPU.
-    accelerator = torch.accelerator.current_accelerator()
-    if not torch.accelerator.is_available() or accelerator.type != name:
-        raise SystemExit(f"--device {name}: this machine, or this torch, has none; --device cpu")
     # torchrun starts as many processes as it is told.
-    devices = torch.accelerator.device_count()
+    devices = torch.get_device_module(name).device_count()
     if local_rank >= devices:
-        raise SystemExit(f"more processes than {name} devices: --nproc_per_node {devices}")
+        raise SystemExit(f"--device {name}: {devices} for more processes; --nproc_per_node, or --device cpu")
     torch.accelerator.set_device_index(local_rank)
     return torch.device(name, local_rank)
 
@@ -790,30 +759,29 @@ def choose_precision(explicit, device):
     """("bf16" or "fp32", why): --precision, or bf16 where the device multiplies it faster. Rank 0 decides."""
     if explicit:
         return explicit, "as given"
-    if device.type in ("cuda", "xpu"):
-        hardware = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
-        return ("bf16", "in hardware") if hardware else ("fp32", "no bf16 in hardware")
     if device.type != "cpu":
-        return "fp32", "the default"
+        module = torch.get_device_module(device)
+        hardware = device.type != "mps" and module.is_bf16_supported(including_emulation=False)
+        return ("bf16", "in hardware") if hardware else ("fp32", "no bf16 in hardware")
 
     # The processor's flags don't tell: with AMX bf16 is four times as fast, with AVX512-BF16 sometimes half.
-    answer = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        bf16 = product_rate(torch.bfloat16)
-        fp32 = product_rate(torch.float32)
-        name = "bf16" if bf16 >= fp32 * 4 / 3 else "fp32"
-        answer = [(name, f"products in bf16 {bf16:.0f}, in fp32 {fp32:.0f} GFLOP/s")]
+    bf16 = product_rate(torch.bfloat16)
+    fp32 = product_rate(torch.float32)
+    name = "bf16" if bf16 >= fp32 * 4 / 3 else "fp32"
+    answer = [(name, f"products in bf16 {bf16:.0f}, in fp32 {fp32:.0f} GFLOP/s")]
+    # Every rank measures other rates; those of rank 0 count.
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     return answer[0]
 
 
 def product_rate(dtype):
-    """GFLOP/s of a product of two 1024 x 1024 matrices on the CPU: the best of those that 12 ms allow."""
+    """GFLOP/s of a product of two 1024 x 1024 matrices on the CPU: the best of several."""
     matrix = torch.ones(1024, 1024, dtype=dtype)
+    # The first product compiles its kernel, and starts the threads.
+    matrix @ matrix
     fastest = math.inf
-    begin = time.perf_counter()
-    while time.perf_counter() < begin + 0.012:
+    for _ in range(5):
         start = time.perf_counter()
         matrix @ matrix
         fastest = min(fastest, time.perf_counter() - start)
@@ -822,6 +790,7 @@ def product_rate(dtype):
 
 def join_ranks(device_name):
     """Join torchrun's process group, if there is one, and allow TF32; returns (rank, world size, device)."""
+    # torchrun tells each process its place by these variables; without it there is one process.
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
@@ -830,11 +799,13 @@ def join_ranks(device_name):
             raise SystemExit(f"WORLD_SIZE is {world}, but who the others are is unknown: start with torchrun")
         # torch 2.14 has a new name for this flag of DDP's, older ones don't know it.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        # An hour, since the others wait while rank 0 saves and draws a preview.
-        hour = datetime.timedelta(hours=1)
-        dist.init_process_group(timeout=hour, device_id=device if device.type == "cuda" else None)
+        # The others wait while rank 0 saves and draws a preview.
+        dist.init_process_group(
+            timeout=datetime.timedelta(hours=1), device_id=device if device.type == "cuda" else None
+        )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as released
+    keep_freed_memory(device)
     return rank, world, device
 
 
@@ -849,16 +820,12 @@ def leave_ranks():
 def set_up(args):
     """Begin a script that reads images; returns (rank, world size, device)."""
     rank, world, device = join_ranks(args.device)
-    keep_freed_memory(device)
     # On a CPU the fused attention's gradient takes twice the time of the same products one by one, in bf16
     # and for short sequences ten times. (Despite its name the switch also governs the CPU kernel.)
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
     # One rank draws, the others wait for it.
     if args.preset == "demo" and rank == 0 and not os.path.exists(args.data):
-        try:
-            draw_demo(args.data)
-        except OSError as error:
-            raise SystemExit(f"{args.data}: the demo's images can't be drawn ({reason(error)})") from None
+        draw_demo(args.data)
     if world > 1:
         dist.barrier()
     return rank, world, device
@@ -868,6 +835,7 @@ def check_ranks_agree(**values):
     """Raise SystemExit, on every rank, where the ranks read different values: disks may show files late."""
     if not dist.is_initialized():
         return
+    # All ranks compare all values, so that all of them end, and none waits for another.
     ranks = [None for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, values)
     for rank, other in enumerate(ranks):
@@ -882,9 +850,9 @@ def compile_blocks(blocks, explicit, device):
     Raises SystemExit where there is no C compiler.
     """
     wanted = device.type == "cuda" if explicit is None else explicit
-    if not wanted or not len(blocks):
+    if not wanted:
         return
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    if not shutil.which(os.environ.get("CC", "cc")):
         raise SystemExit("torch.compile needs a C compiler, such as gcc; --no-compile goes without")
     # torch compiles a function for 8 shapes and runs it eagerly for others. Two networks of body and head,
     # each in two batch sizes or more, can need more.
@@ -902,32 +870,28 @@ def keep_freed_memory(device):
             libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
-def collate_or_problem(samples):
-    """A batch, or the text of its first broken image: an exception would bring a worker's traceback."""
-    problems = [sample for sample in samples if isinstance(sample, str)]
-    return problems[0] if problems else default_collate(samples)
-
-
 def obey_parent(_worker):
     """Let a worker ignore Ctrl-C, which reaches the whole group, and end quietly at the loader's SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run(main):
-    """Run main(); on Ctrl-C print one line and exit with 130."""
+    """Run main(); an error of a file or a disk ends in one line, and Ctrl-C as well, with 130."""
     try:
         main()
-    except SystemExit:
-        # The error's line would stand behind a progress bar that is still open.
-        for bar in list(tqdm._instances):
-            bar.close()
-        raise
+        leave_ranks()
+    except OSError as error:
+        raise SystemExit(reason(error)) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("\ninterrupted; the same command goes on with what is saved", file=sys.stderr, flush=True)
         # sys.exit waits for loading processes, for ever where they had only half started.
         os._exit(130)
+    finally:
+        # An error's line would stand behind a progress bar that is still open.
+        for bar in list(tqdm._instances):
+            bar.close()
 
 
 # Runs: what the two trainings have in common before and around their loops
@@ -947,6 +911,17 @@ def plan_steps(images, args, world):
     return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
 
 
+@contextlib.contextmanager
+def restores_signals():
+    """Decorator of a main() that a notebook may call: the notebook's own handlers are back at its end."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def catch_signals():
     """A list that stop signals fill from here on, so that the step that is running comes to its end."""
     stops = []
@@ -960,10 +935,10 @@ def catch_signals():
         first = min(first, time.monotonic())
         stops.append(number)
 
-    for number in signal.Signals:
+    # Python calls a handler between two instructions of the main thread, which then goes on with its step.
+    for number in STOP_SIGNALS:
         # SIGHUP stays ignored under nohup, but not under torchrun, which passes it on and then kills.
-        ignored = signal.getsignal(number) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
-        if number.name in STOP_SIGNALS and not ignored:
+        if signal.getsignal(number) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
             signal.signal(number, note)
     return stops
 
@@ -971,18 +946,17 @@ def catch_signals():
 def open_log(folder):
     """The run folder's metrics.jsonl, locked while this process lives, and TensorBoard's writer or None."""
     check_own_folder(folder, "metrics.jsonl", "last.pt")
+    # The log is appended to, since a run may go on after it was stopped.
+    os.makedirs(folder, exist_ok=True)
+    file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
     try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(f"{folder}/metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers don't hold it
     except BlockingIOError:
         raise SystemExit(f"--out {folder}: another run is in it; stop it or name another folder") from None
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError):
         # Windows has no fcntl, and some network disks have no locks.
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK):
-            raise SystemExit(f"--out {folder}: can't be written ({reason(error)})") from None
         print(f"{folder} can't be locked on this system: start no second run in it", file=sys.stderr)
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -994,10 +968,7 @@ def open_log(folder):
 def write_log(log, step, record):
     """Append one JSON object, written at once since others may read along, and TensorBoard's scalars."""
     file, board = log
-    try:
-        print(json.dumps({"step": step, "time": round(time.time(), 1), **record}), file=file)
-    except OSError as error:
-        raise SystemExit(f"{file.name}: can't be written ({reason(error)})") from None
+    print(json.dumps({"step": step, "time": round(time.time(), 1), **record}), file=file)
     if board:
         for name, value in record.items():
             board.add_scalar(name, value, step)
@@ -1021,64 +992,56 @@ def read_start(args, checkpoint_format):
     if not args.resume and not os.path.exists(path):
         return {}
     start = read_weights(path, "--resume")
-    if start.get("format") != checkpoint_format or not start.keys() >= {
-        "config",
-        "model",
-        "optimizer",
-        "args",
-    }:
-        raise SystemExit(f"--resume {path}: not a whole {checkpoint_format} checkpoint")
+    if start.get("format") != checkpoint_format:
+        raise SystemExit(f"--resume {path}: not a {checkpoint_format} checkpoint")
     # This check needs no encoder, which may have to be fetched before configs can be compared.
-    demo = args.preset == "demo"
-    if demo != (start["args"].get("preset") == "demo"):
-        raise SystemExit(
-            f"{path} is {'not ' if demo else ''}of the demo, unlike this run: name another --out"
-        )
+    before = start["args"]["preset"]
+    if "demo" in (before, args.preset) and before != args.preset:
+        raise SystemExit(f"{path} is of --preset {before}, this run is of {args.preset}: name another --out")
     return {**start, "path": path}
 
 
-def count_broken(data, device):
-    """Number of images that were broken on any rank."""
+def broken_images(data, device):
+    """The clause of a last line on the images that were broken on any rank, empty without --skip-broken."""
+    if not data.skip_broken:
+        return ""
+    # An image may have been broken for one rank alone, as on a disk of its own.
     broken = data.broken.to(device).int()
     if dist.is_initialized():
         dist.all_reduce(broken)
-    return int(broken.count_nonzero())
+    return f"; {broken.count_nonzero()} broken images were replaced by others"
 
 
 def end_of_run(args, rank, progress, step, steps, data, device, stops, command):
     """Print the last line of a training, with the command that comes next; raise what ended it early."""
     progress.close()
-    broken = count_broken(data, device)
+    replaced = broken_images(data, device)
     if rank == 0:
-        replaced = f"; {broken} broken images were replaced by others" if args.skip_broken else ""
         end = f"next: {command}" if step == steps else "stopped; the same command goes on (without --resume)"
         print(f"{args.out}/last.pt: step {step} of {steps}{replaced}; {end}", file=sys.stderr)
     if stops and isinstance(stops[0], SystemExit):
         raise stops[0]
 
 
-def next_command(script, world, out, name, **flags):
-    """A command line to paste: the script with its flags, for as many processes as this run has.
-
-    Where the run folder does not lie in runs/ itself, --out of the next command is its neighbour `name`.
-    """
-    words = ["python", script] if world == 1 else ["torchrun", "--nproc_per_node", str(world), script]
-    parent = os.path.dirname(os.path.normpath(out))  # a shell completes a name with a slash
-    if parent != "runs":
-        flags["out"] = os.path.join(parent, name)
-    for flag, value in flags.items():
-        words += [f"--{flag}", value]
-    return shlex.join(words)
+def next_command(script, world, flag, out, name):
+    """A command line to paste: `flag` names this run's last.pt, --out the run folder's neighbour `name`."""
+    launcher = ["python"] if world == 1 else ["torchrun", "--nproc_per_node", str(world)]
+    # Without normpath the neighbour of `runs/decoder/`, as a shell completes it, would lie inside of it.
+    neighbour = os.path.join(os.path.dirname(os.path.normpath(out)), name)
+    return shlex.join([*launcher, script, flag, f"{out}/last.pt", "--out", neighbour])
 
 
 def first_line(args, rank, data, networks, model, computing, step, steps):
     """Print the data, the networks, the size of the trained one and how it is trained; return a bar."""
     if rank == 0:
         millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-        notice = demo_notice(args.preset == "demo")
-        line = f"{notice}{data.summary()}; {networks} ({millions:.1f} M parameters); {computing}"
-        print(f"{line}; step {step} of {steps}", file=sys.stderr)
-    return tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+        print(
+            f"{demo_notice(args.preset == 'demo')}{data.summary()}; {networks} ({millions:.1f} M "
+            f"parameters); {computing}; step {step} of {steps}",
+            file=sys.stderr,
+        )
+    # The bar counts images, and its rate is images a second.
+    return tqdm(total=steps, initial=step, unit="image", unit_scale=args.batch_size, disable=rank > 0)
 
 
 def parallel(network, blocks, compiled, device):
@@ -1114,20 +1077,18 @@ def local_file(path, flag):
         if not os.path.exists(path):
             raise SystemExit(f"{flag} {path}: no such file")
         return path
-    parts = re.fullmatch("hub:([^/]+/[^/]+)/?(.*)", path)
-    if not parts:
-        raise SystemExit(f"{flag} {path}: expected hub:OWNER/REPO/PATH")
-
-    repository, wanted = parts.groups()
+    # The pattern fits any name: huggingface_hub refuses what is no OWNER/REPO.
+    repository, wanted = re.fullmatch("hub:([^/]*/?[^/]*)/?(.*)", path).groups()
     # All files of an autoencoder come to lie in one folder of the cache.
     for name in [wanted] if wanted else AUTOENCODER:
         try:
             announce_fetch(repository, name)
             file = hf_hub_download(repository, name)
         except Exception as error:  # the hub's tools raise many kinds
-            problem = f"{flag} hub:{repository}/{name}: can't be fetched from the Hugging Face hub"
-            why = f"{type(error).__name__}: {reason(error)}"
-            raise SystemExit(f"{problem} ({why}); a local file does as well") from None
+            raise SystemExit(
+                f"{flag} hub:{repository}/{name}: can't be fetched from the Hugging Face hub "
+                f"({type(error).__name__}: {reason(error)}); a local file does as well"
+            ) from None
     return file if wanted else os.path.dirname(file)
 
 
@@ -1201,7 +1162,7 @@ def fingerprint(tensors):
     digest = hashlib.sha256()
     for tensor in tensors:
         # Bytes, since numpy has no bf16.
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
 
@@ -1214,48 +1175,45 @@ def weights_hash(file):
 def check_same(config, name, other, other_name, keys=LATENTS, remedy="they don't belong together"):
     """Raise SystemExit, with both values, where two configs differ in a key that both of them have.
 
-    Encoders are compared by the hash of their weights where both know it. A released file has no config.
+    A released file has no config.
     """
     for key in keys:
-        if key == "encoder" and "encoder_hash" in config and "encoder_hash" in other:
-            continue
         if key in config and key in other and config[key] != other[key]:
             # A list of classes is long.
-            values = f"{name} has {key} {config[key]!s:.80}, {other_name} has {other[key]!s:.80}"
-            raise SystemExit(f"{values}: {remedy}")
+            raise SystemExit(
+                f"{name} has {key} {config[key]!s:.80}, {other_name} has {other[key]!s:.80}: {remedy}"
+            )
 
 
 def check_own_folder(out, *marks):
-    """Raise SystemExit where the folder of --out has files, but none of `marks`, which this script leaves."""
+    """Raise SystemExit where the folder of --out has files, but none of `marks`, which its script leaves."""
     foreign = os.path.isdir(out) and os.listdir(out)
     if foreign and not any(os.path.exists(f"{out}/{mark}") for mark in marks):
         raise SystemExit(f"--out {out}: has files that are not this script's; name a new or empty folder")
 
 
-def natural_order(names):
-    """Names sorted with numbers by value; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
-
-    def key(name):
-        parts = re.split(r"(\d+)", name.lower())  # text and digits in turn
-        return [int(part) if part.isdecimal() else part for part in parts], name
-
-    return sorted(names, key=key)
+def natural_key(name):
+    """A key for sorting by numbers' values; ties, as of `1` and `01` or `a` and `A`, by the plain string."""
+    parts = re.split(r"(\d+)", name.lower())  # text and digits in turn
+    return [int(part) if part.isdecimal() else part for part in parts], name
 
 
 def list_images(root, flag):
-    """The images below the folder `root`, which `flag` names -> classes, names, labels.
+    """The images below the folder `root`, which `flag` names -> classes, paths, labels.
 
-    classes: the folders with images, relative to root (root itself is ""), each level in natural order. names
-    (N,), bytes: the file names, class by class, each in natural order. labels (N,), int32: the class of each.
-    Links are followed, each real folder is listed once, and names that begin with a dot are skipped. Raises
-    SystemExit for a folder that can't be read, that has images beside class folders, or no image, or parts.
+    classes: the folders with images, relative to root (root itself is ""), each level in natural order. paths
+    (N,), bytes: the files, relative to root, class by class, each in natural order. labels (N,): the class of
+    each. Links are followed, each real folder is listed once, and names that begin with a dot are skipped.
+    Raises SystemExit for a folder that can't be read, that has images beside class folders, or no image, or
+    parts.
     """
 
     def refuse(error):
         raise SystemExit(f"{flag} {error.filename}: {error.strerror}; expected a folder of images")
 
     classes = []
-    names = []  # an array a class: a million strings would take 100 MB
+    paths = []
+    labels = []
     listed = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         # A link to a folder that was listed, such as a parent, ends there.
@@ -1265,48 +1223,42 @@ def list_images(root, flag):
             continue
         listed.add(real)
 
-        # Folders such as train and val are parts of a data set, of which the user must name one.
-        if folder == root:
-            names_of = {name.lower(): name for name in subfolders}
-            known = ("train", "val", "valid", "validation", "test")
-            parts = [names_of[part] for part in known if part in names_of]
-            if len(parts) > 1:
-                raise SystemExit(
-                    f"{flag} {root}: has the parts {', '.join(parts)}; name one: {root}/{parts[0]}"
-                )
-
         # os.walk goes on with the names in this list, in its order.
-        subfolders[:] = natural_order(name for name in subfolders if name[0] != ".")
+        subfolders[:] = sorted((name for name in subfolders if name[0] != "."), key=natural_key)
+        # Folders such as train and val are parts of a data set, of which the user must name one.
+        parts = [name for name in subfolders if name.lower() in PARTS]
+        if folder == root and len(parts) > 1:
+            raise SystemExit(f"{flag} {root}: has the parts {', '.join(parts)}; name one of these folders")
+
+        # Sidecars such as ._1.png, which macOS leaves on other disks, are no images.
         images = [name for name in files if name[0] != "." and name.lower().endswith(EXTENSIONS)]
         if not images:
             continue
-
         # os.walk is depth-first, so a folder above this one with images is always the class before.
-        relative = os.path.relpath(folder, root) if folder != root else ""
-        if classes and relative.startswith(os.path.join(classes[-1], "")):
-            beside = os.path.join(root, classes[-1], os.fsdecode(names[-1][0]))
-            mixture = f"{beside} lies beside the class folder {folder}"
-            raise SystemExit(f"{flag} {root}: {mixture}; move it into a folder of its own, or away")
-        classes.append(relative)
-        names.append(np.array([os.fsencode(name) for name in natural_order(images)]))
+        name = folder.removeprefix(root).lstrip(os.sep)
+        if classes and name.startswith(os.path.join(classes[-1], "")):
+            raise SystemExit(f"{flag} {root}: images lie beside the class folder {folder}; move them away")
+        labels += [len(classes) for _ in images]
+        paths += [os.fsencode(os.path.join(name, image)) for image in sorted(images, key=natural_key)]
+        classes.append(name)
 
     if not classes:
         raise SystemExit(f"{flag} {root}: no {' '.join(EXTENSIONS)} in it")
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(array) for array in names])
-    return classes, np.concatenate(names), labels
+    # Arrays take a third of the memory of lists, and loading processes share it.
+    return classes, np.array(paths), np.array(labels)
 
 
-def draw_demo(folder, num=2000, size=32):
-    """Draw the demo's data, the same bytes each time: coloured shapes, size x size pixels, class = shape."""
+def draw_demo(folder, num=2000):
+    """Draw the demo's data, the same bytes each time: coloured shapes, 32 x 32 pixels, class = shape."""
     rng = np.random.default_rng(0)
-    temporary = f"{folder}.{os.getpid()}.tmp"
+    temporary = f"{folder}.tmp"
     for i in range(num):
         # The order of the draws decides the bytes.
         shape = ("bar", "circle", "ring", "triangle")[i % 4]
         fill = tuple(rng.integers(90, 256, 3).tolist())
 
         # Eight times as large, then averaged down: the edges are smooth.
-        large = 8 * size
+        large = 256
         radius = rng.uniform(0.34, 0.46) * large
         x, y = rng.uniform(radius, large - radius, 2)
         image = Image.new("RGB", (large, large), (24, 24, 32))
@@ -1323,12 +1275,9 @@ def draw_demo(folder, num=2000, size=32):
 
         path = f"{temporary}/{shape}"
         os.makedirs(path, exist_ok=True)
-        image.resize((size, size), Image.Resampling.BOX).save(f"{path}/{i:04d}.png")
+        image.resize((32, 32), Image.Resampling.BOX).save(f"{path}/{i:04d}.png")
 
-    # Another process may have drawn the same meanwhile.
-    if not os.path.isdir(folder):
-        os.rename(temporary, folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    os.rename(temporary, folder)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,36 @@ def kill_children(pid):
                 os.kill(child, signal.SIGKILL)
 
 
+@pytest.fixture(autouse=True)
+def process_settings():
+    """A main sets up its process, in which the next test is another program."""
+    precision = torch.get_float32_matmul_precision()
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *rae_encoder.STOP_SIGNALS)}
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(flash)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with 22 images of the demo."""
     monkeypatch.chdir(tmp_path)
     rae_encoder.draw_demo("data/demo", num=22)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cats(tmp_path_factory):
+    """Two classes, eleven images of several sizes."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(11):
+        path = root / ("cat 10" if i % 2 else "cat 9") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        helpers.picture(40 + 3 * i, 70 - 2 * i, seed=i).save(path)
+    return root
 
 
 @pytest.fixture

@@ -9,13 +9,15 @@ import os
 import signal
 import socket
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import dit_dh
 import fid  # noqa: F401 (a fork has it already)
@@ -35,6 +37,13 @@ def equal(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def picture(width, height, seed=0):
+    """A random image as smooth as a photograph, on which rules of resampling differ visibly."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def message(function, *args):
@@ -86,7 +95,7 @@ def be_rank(names, before, function, args):
     multiprocessing.set_start_method("fork", force=True)
     for prepare in before:
         prepare()
-    function(*args)
+    rae_encoder.run(partial(function, *args))
 
 
 def end_ranks(ranks, code=0):
@@ -245,7 +254,11 @@ def write_decoder(path, args=(), **changes):
     flags = {
         "preset": "small",
         "data": "data/demo",
+        "image_size": 32,
+        "encoder": "test_vit",
         "encoder_weights": "random",
+        "encoder_size": None,
+        "layers": "last",
         "patch_size": 16,
         "flip": True,
         "skip_broken": False,

@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import os
-import re
 import struct
 import sys
 import zlib
@@ -13,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import message
+from helpers import message, picture
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as tvf
 
@@ -21,13 +20,6 @@ import rae_encoder
 from rae_encoder import ImageData
 
 CPU = torch.device("cpu")
-
-
-def picture(width, height, seed=0):
-    """A smooth random image, on which rules of resampling differ visibly."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def saved(image, format="PNG", **options):
@@ -39,17 +31,6 @@ def saved(image, format="PNG", **options):
 
 def batches(data, order, **options):
     return list(rae_encoder.load_images(data, order, CPU, **options))
-
-
-@pytest.fixture(scope="module")
-def cats(tmp_path_factory):
-    """Two classes, eleven images of several sizes."""
-    root = tmp_path_factory.mktemp("images")
-    for i in range(11):
-        path = root / ("cat 10" if i % 2 else "cat 9") / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture(40 + 3 * i, 70 - 2 * i, seed=i).save(path)
-    return root
 
 
 # From a file to RGB
@@ -103,15 +84,12 @@ def test_every_kind_of_pixels_becomes_rgb(kind):
         files.append(saved(image))
     if image.mode == "RGBA":
         files.append(saved(image, "WEBP", lossless=True, exact=True))
-    if image.mode == "CMYK":
-        files.append(saved(image, "TIFF"))
     for file in files:
         found = rae_encoder.to_rgb(file)
         assert found.mode == "RGB"
         # Laying a share on white rounds.
-        np.testing.assert_allclose(np.asarray(found, float), expected, atol=1)
-    exact = np.abs(np.asarray(found, float) - expected).max()
-    assert exact == 0 or kind in ("half", "partly clear", "one pixel")
+        rounds = kind in ("half", "partly clear", "one pixel")
+        np.testing.assert_allclose(np.asarray(found, float), expected, atol=1 if rounds else 0)
 
 
 def bmp_of_32_bits(bgra):
@@ -138,11 +116,10 @@ def test_a_bmp_of_32_bits_is_white_only_where_its_alpha_says_so(tmp_path, alpha,
 def test_images_are_turned_as_pillow_does(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for format, options in (("PNG", {}), ("JPEG", {"quality": 100, "subsampling": 0})):
-        file = saved(picture(24, 16), format, exif=exif, **options)
-        upright = ImageOps.exif_transpose(file)
-        assert upright.size == ((16, 24) if orientation in range(5, 9) else (24, 16))
-        assert np.array_equal(rae_encoder.to_rgb(file), upright)
+    file = saved(picture(24, 16), "JPEG", exif=exif)
+    upright = ImageOps.exif_transpose(file)
+    assert upright.size == ((16, 24) if orientation in range(5, 9) else (24, 16))
+    assert np.array_equal(rae_encoder.to_rgb(file), upright)
 
 
 LARGE = zlib.compress(bytes(3_000_000))
@@ -181,15 +158,6 @@ def test_xmp_that_is_not_utf8_does_not_keep_a_jpeg_from_being_turned():
     assert upright.shape == (16, 8, 3) and upright[:7].max() < 20 and upright[9:].min() > 235
 
 
-@pytest.mark.parametrize("error", [UnicodeDecodeError("utf-8", b"", 0, 1, "?"), struct.error, KeyError])
-def test_any_error_of_exif_is_passed_over(monkeypatch, error):
-    def getexif(_image):
-        raise error
-
-    monkeypatch.setattr(Image.Image, "getexif", getexif)
-    assert rae_encoder.to_rgb(Image.new("RGB", (2, 2), "red")).getpixel((0, 0)) == (255, 0, 0)
-
-
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_strip_counts_as_broken(tmp_path, turned):
     """Up to 100 times as long as wide is an image; no pixel of a longer one is looked at."""
@@ -225,17 +193,6 @@ def test_center_crop_is_the_adm_rule():
     assert np.array_equal(rae_encoder.center_crop(square, 32), square)
 
 
-@pytest.mark.parametrize("size", [(123, 77), (50, 90), (64, 64)])
-def test_random_crop_is_a_window_of_torchvisions_resize(size):
-    image = picture(*size)
-    resized = np.asarray(tvf.resize(image, 48, tvf.InterpolationMode.BICUBIC))
-    windows = np.lib.stride_tricks.sliding_window_view(resized, (32, 32, 3))[:, :, 0]
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        matches = (windows == np.asarray(rae_encoder.random_crop(image, 32, rng))).all(axis=(2, 3, 4))
-        assert matches.sum() == 1
-
-
 def test_every_window_is_as_likely():
     """The pixels of this image are their own place, and it has the size that is cropped from."""
     x, y = np.meshgrid(np.arange(15), np.arange(12))
@@ -261,17 +218,9 @@ def test_natural_order_is_one_for_any_order_of_the_input():
     expected = ["01", "1", "9", "10", "A", "a", "a01", "a1", "a2b3", "a2b20", "B2", "b2", "b10", "b²", "①"]
     rng = np.random.default_rng(0)
     for _ in range(50):
-        assert rae_encoder.natural_order(rng.permutation(expected).tolist()) == expected
+        assert sorted(rng.permutation(expected).tolist(), key=rae_encoder.natural_key) == expected
     for names in itertools.permutations(["x1", "x01", "x001", "X1"]):
-        assert rae_encoder.natural_order(names) == ["X1", "x001", "x01", "x1"]
-
-    # Text is compared with text and number with number, part by part.
-    def parts(name):
-        return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name.lower())]
-
-    letters = list("aAb019.- _é\t")
-    names = ["".join(rng.choice(letters, rng.integers(1, 9))) for _ in range(1000)]
-    assert rae_encoder.natural_order(names) == sorted(sorted(names), key=parts)
+        assert sorted(names, key=rae_encoder.natural_key) == ["X1", "x001", "x01", "x1"]
 
 
 def touch(root, *paths):
@@ -280,12 +229,16 @@ def touch(root, *paths):
         (root / path).touch()
 
 
-def listing(root, flag="--data"):
+def listing(root):
     """The class and the name of each image, in order."""
-    classes, names, labels = rae_encoder.list_images(str(root), flag)
-    assert names.dtype.kind == "S" and labels.dtype == np.int32
-    assert np.unique(labels).tolist() == list(range(len(classes)))
-    return [(classes[label], os.fsdecode(name)) for label, name in zip(labels, names, strict=True)]
+    classes, paths, labels = rae_encoder.list_images(str(root), "--data")
+    assert paths.dtype.kind == "S" and np.unique(labels).tolist() == list(range(len(classes)))
+    found = []
+    for label, path in zip(labels, paths, strict=True):
+        folder, name = os.path.split(os.fsdecode(path))
+        assert folder == classes[label]
+        found.append((folder, name))
+    return found
 
 
 def test_classes_are_the_leaf_folders_in_natural_order(tmp_path):
@@ -300,15 +253,18 @@ def test_classes_are_the_leaf_folders_in_natural_order(tmp_path):
     assert listing(f"{tmp_path}/b/") == [("cat", "1.png")]
 
 
-def test_hidden_names_are_skipped(tmp_path):
-    touch(tmp_path, "a/1.png", "a/._1.png", ".hidden/2.png", "a/.ipynb_checkpoints/3.png")
-    assert listing(tmp_path) == [("a", "1.png")]
+def test_hidden_names_are_skipped_and_names_that_begin_alike_are_no_mixture(tmp_path):
+    touch(
+        tmp_path,
+        "a/1.png",
+        "a/._1.png",
+        ".hidden/2.png",
+        "a/.ipynb_checkpoints/3.png",
+        "a b/1.png",
+        "a-/3.png",
+    )
+    assert sorted(listing(tmp_path)) == [("a", "1.png"), ("a b", "1.png"), ("a-", "3.png")]
     assert listing(tmp_path / ".hidden") == [("", "2.png")]
-
-
-def test_folders_whose_names_begin_alike_are_no_mixture(tmp_path):
-    touch(tmp_path, "a/0.png", "a b/1.png", "ab/2.png", "a-/3.png")
-    assert sorted(folder for folder, _ in listing(tmp_path)) == ["a", "a b", "a-", "ab"]
 
 
 def test_links_are_followed_and_each_real_folder_is_listed_once(tmp_path):
@@ -323,17 +279,13 @@ def test_links_are_followed_and_each_real_folder_is_listed_once(tmp_path):
 @pytest.mark.parametrize(
     ("files", "root", "line"),
     [
+        (["x.png", "a/b/y.png"], ".", "data/.: images lie beside the class folder data/./a/b;"),
         (
-            ["x.png", "a/b/y.png"],
-            ".",
-            "data/.: data/./x.png lies beside the class folder data/./a/b; move it",
-        ),
-        (["a/x.png", "a/b/no.txt", "a/c/d/1.png"], "", "data: data/a/x.png lies beside the class folder"),
-        (
-            ["a/x.png", "a/b/y.png", "Z/z.png"],
+            ["a/x.png", "a/b/no.txt", "a/c/d/1.png"],
             "",
-            "data: data/a/x.png lies beside the class folder data/a/b;",
+            "data: images lie beside the class folder data/a/c/d;",
         ),
+        (["a/x.png", "a/b/y.png", "Z/z.png"], "", "data: images lie beside the class folder data/a/b;"),
         (["x.txt", "a/.png"], "", f"data: no {' '.join(rae_encoder.EXTENSIONS)} in it"),
         ([], "none", "data/none: No such file or directory; expected a folder of images"),
         (["a/x.png"], "a/x.png", "data/a/x.png: Not a directory; expected a folder of images"),
@@ -356,20 +308,12 @@ def test_a_listing_says_what_is_wrong(tmp_path, monkeypatch, files, root, line):
     assert message(rae_encoder.list_images, path, "--eval-data").startswith(f"--eval-data {line}")
 
 
-@pytest.mark.parametrize(
-    ("parts", "found"),
-    [
-        (["Train", "validation"], "Train, validation"),
-        (["test", "val", "train"], "train, val, test"),
-        (["valid", "test", "extra"], "valid, test"),
-    ],
-)
-def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, found):
-    for part in parts:
+@pytest.mark.parametrize("parts", [["Train", "validation"], ["test", "train", "val"], ["test", "valid"]])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts):
+    for part in (*parts, "extra"):
         touch(tmp_path, f"set/{part}/cat/1.png", f"set/{part}/dog/2.png")
     line = message(ImageData, tmp_path / "set", 8)
-    first = found.split(", ")[0]
-    assert line == f"--data {tmp_path}/set: has the parts {found}; name one: {tmp_path}/set/{first}"
+    assert line.startswith(f"--data {tmp_path}/set: has the parts {', '.join(parts)}; name one")
     # Of one part, or of classes that are called so in a part, nothing is to be chosen.
     assert len(ImageData(tmp_path / "set" / parts[0], 8)) == 2
     touch(tmp_path, "one/train/cat/1.png", "one/other/1.png", "deep/x/train/1.png", "deep/x/test/1.png")
@@ -379,45 +323,24 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, found):
 # The data set
 
 
-def test_images_and_labels_are_those_of_the_files(cats):
-    data = ImageData(cats, 32)
-    files = [(f"cat 9/{i}.png", 0) for i in range(0, 11, 2)] + [
-        (f"cat 10/{i}.png", 1) for i in range(1, 11, 2)
-    ]
-    assert data.classes == ["cat 9", "cat 10"] and len(data) == 11
-    loaded = batches(data, [[(0, i)] for i in range(11)])
-    for i, (images, labels) in enumerate(loaded):
-        path, label = files[i]
-        assert data.path(i) == str(cats / path) and labels.tolist() == [label]
-        pixels = np.asarray(rae_encoder.center_crop(Image.open(cats / path), 32))
-        assert images.dtype == torch.float32
-        assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.float32(pixels) / np.float32(255))
-
-
-def test_the_first_line_names_the_first_classes(tmp_path):
-    """A wrong folder, such as the one above, is seen by its classes."""
-    expected = {
-        1: "1 images of {} in one class",
-        2: "2 images of {} in 2 classes (k1, k2)",
-        3: "3 images of {} in 3 classes (k1, k2, k10)",
-        4: "4 images of {} in 4 classes (k1, k2, k10, ...)",
-    }
-    for number, name in enumerate(("k10", "k1", "k2", "k11"), 1):
-        touch(tmp_path, f"{name}/x.png")
-        if number > 2 or name == "k10":
-            assert ImageData(tmp_path, 8).summary() == expected[number].format(tmp_path)
-    (tmp_path / "k10/x.png").unlink()
-    (tmp_path / "k11/x.png").unlink()
-    assert ImageData(tmp_path, 8).summary() == expected[2].format(tmp_path)
-
-
-def test_the_hash_is_of_names_and_labels(tmp_path):
+def test_a_listing_has_a_summary_and_a_hash(tmp_path):
+    """A wrong folder, such as the one above, is seen by its classes; the hash is of all paths."""
     touch(
         tmp_path, "one/a/1.png", "one/b/2.png", "two/a/1.png", "two/b/2.png", "other/a/1.png", "other/b/3.png"
     )
-    touch(tmp_path, "moved/a/1.png", "moved/a/2.png", "less/a/1.png")
-    hashes = [ImageData(tmp_path / name, 8).hash() for name in ("one", "two", "other", "moved", "less")]
+    touch(
+        tmp_path,
+        "moved/a/1.png",
+        "moved/a/2.png",
+        "less/a/1.png",
+        "plain/1.png",
+        *[f"k/{k}/x.png" for k in range(9)],
+    )
+    hashes = [ImageData(tmp_path / name, 8).hash for name in ("one", "two", "other", "moved", "less")]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+    assert ImageData(tmp_path / "one", 8).summary() == f"2 images of {tmp_path}/one, classes: 2 (a, b)"
+    assert ImageData(tmp_path / "k", 8).summary() == f"9 images of {tmp_path}/k, classes: 9 (0, 1, 2)"
+    assert ImageData(tmp_path / "plain", 8).summary() == f"1 images of {tmp_path}/plain, classes: 1 ()"
 
 
 def test_a_single_image_is_a_folder_of_one(tmp_path):
@@ -426,30 +349,6 @@ def test_a_single_image_is_a_folder_of_one(tmp_path):
     data = ImageData(str(tmp_path / "ü x.png"), 16)
     assert len(data) == 1 and data.path(0) == str(tmp_path / "ü x.png") and data.labels.tolist() == [0]
     assert np.array_equal(data[0, 0][0].permute(1, 2, 0), rae_encoder.center_crop(picture(40, 30), 16))
-    (tmp_path / "file.txt").write_text("no image")
-    assert ImageData(str(tmp_path / "file.txt"), 32)[0, 0].startswith(f"{tmp_path}/file.txt: not a readable")
-
-
-def test_images_depend_on_seed_epoch_and_index_alone(cats):
-    order = [[(0, 1), (0, 2)], [(1, 1), (1, 2)], [(2, 5)]]
-    for augment, workers in (("crop", 2), ("flip", 0)):
-        one = batches(ImageData(cats, 32, augment, seed=1), order)
-        two = batches(ImageData(cats, 32, augment, seed=1), order[::-1], workers=workers)[::-1]
-        assert all(torch.equal(a, b) and torch.equal(y, w) for (a, y), (b, w) in zip(one, two, strict=True))
-    for key in ((1, 0, 3), (2, 0, 3), (1, 5, 3), (1, 0, 4)):
-        seed, epoch, i = key
-        data = ImageData(cats, 32, "crop", seed=seed)
-        crop = rae_encoder.random_crop(Image.open(data.path(i)), 32, np.random.default_rng(key))
-        assert np.array_equal(data[epoch, i][0].permute(1, 2, 0), crop)
-
-
-def test_half_of_the_images_are_mirrored(cats):
-    plain = ImageData(cats, 32)[0, 3][0]
-    data = ImageData(cats, 32, "flip")
-    views = [data[epoch, 3][0] for epoch in range(200)]
-    mirrored = sum(torch.equal(view, plain.flip(-1)) for view in views)
-    assert mirrored + sum(torch.equal(view, plain) for view in views) == 200
-    assert 70 < mirrored < 130
 
 
 def test_broken_images_are_named_or_replaced(tmp_path):
@@ -466,21 +365,14 @@ def test_broken_images_are_named_or_replaced(tmp_path):
     # The next one takes its place, with the random numbers of the broken one; a worker says so, too.
     for i in range(4):
         picture(40, 60, seed=i).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes(b"broken")
+    for name in ("1.png", "3.png"):
+        (tmp_path / name).write_bytes(b"broken")
     data = ImageData(tmp_path, 32, "crop", skip_broken=True)
-    ((images, _),) = batches(data, [[(0, 1), (0, 2)]], workers=1)
-    assert data.broken.tolist() == [False, True, False, False]
-    for image, i in zip(images, (1, 2), strict=True):
-        crop = rae_encoder.random_crop(picture(40, 60, seed=2), 32, np.random.default_rng((0, 0, i)))
+    ((images, _),) = batches(data, [[(0, 1), (0, 2), (0, 3)]], workers=1)
+    assert data.broken.tolist() == [False, True, False, True]
+    for image, i, source in zip(images, (1, 2, 3), (2, 2, 0), strict=True):
+        crop = rae_encoder.random_crop(picture(40, 60, seed=source), 32, np.random.default_rng((0, 0, i)))
         assert np.array_equal((image * 255).round().permute(1, 2, 0), crop)
-
-
-def test_the_last_image_is_replaced_by_the_first(tmp_path):
-    touch(tmp_path, "a/1.png", "b/2.png")
-    picture(40, 60).save(tmp_path / "a/1.png")
-    data = ImageData(tmp_path, 32, skip_broken=True)
-    image, label = data[0, 1]
-    assert label == 0 and torch.equal(image, data[0, 0][0])
 
 
 def test_odd_names_are_read_and_dangling_links_named(tmp_path):
@@ -508,7 +400,7 @@ def test_damaged_files_are_read_or_named_and_nothing_else(tmp_path):
     """A seeded fuzzer: bytes of good files are changed or cut off."""
     rng = np.random.default_rng(0)
     broken = 0
-    for i in range(300):
+    for i in range(200):
         format = ("PNG", "JPEG", "WEBP", "BMP")[i % 4]
         file = io.BytesIO()
         picture(24, 17, seed=i).save(file, format)
@@ -519,14 +411,13 @@ def test_damaged_files_are_read_or_named_and_nothing_else(tmp_path):
             content = content[: rng.integers(len(content))]
         path = tmp_path / f"x.{format.lower()}"
         path.write_bytes(content)
-        sample = ImageData(tmp_path, 16)[0, 0]
-        path.unlink()
-        if isinstance(sample, str):
+        try:
+            assert ImageData(tmp_path, 16)[0, 0][0].shape == (3, 16, 16)
+        except ValueError as error:
             broken += 1
-            assert sample.startswith(f"{path}: not a readable image (") and "\n" not in sample
-        else:
-            assert sample[0].shape == (3, 16, 16)
-    assert 50 < broken < 290  # both happened
+            assert str(error).startswith(f"{path}: not a readable image (") and "\n" not in str(error)
+        path.unlink()
+    assert 30 < broken < 190  # both happened
 
 
 # Orders
@@ -586,8 +477,4 @@ def test_the_demo_draws_the_same_pixels(tmp_path):
         digest.update(np.asarray(Image.open(path)).tobytes())
     assert digest.hexdigest()[:16] == "4a58ff58201e0563"  # with Pillow 10.1 to 13.0
 
-    # A second process that comes late leaves them alone.
-    before = [path.stat().st_mtime_ns for path in paths]
-    rae_encoder.draw_demo(str(tmp_path / "demo"), num=4)
-    assert [path.stat().st_mtime_ns for path in paths] == before
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
