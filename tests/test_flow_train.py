@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_shift_against_the_paper():
     assert flow_train.default_shift((768, 16, 16)) == pytest.approx(6.93, abs=0.005)
     assert flow_train.default_shift((768, 32, 32)) == pytest.approx(13.86, abs=0.005)
+    assert flow_train.default_shift((1024, 16, 16)) == 8  # RAEv2
     assert flow_train.default_shift((4, 8, 8)) == 1  # never below
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     shifted = flow_train.time_shift(t, 6.93)

@@ -607,28 +607,17 @@ def test_a_loss_that_is_not_finite_counts_where_gradients_are():
     assert terms["gradient_norm"].isfinite() and terms["loss"].isinf() and not finite
 
 
-# One step of the discriminator
-
-
-def test_discriminator_step_takes_clean_8_bit_fakes_in_any_micro_batches():
+def test_discriminator_step_is_one_in_any_micro_batches():
+    torch.manual_seed(0)
     images, z = torch.rand(8, 3, 12, 12), torch.randn(8, 6, 3, 3)
     found, decoder = [], random_decoder()
     for accum in (1, 4):
         disc = SmallDisc()
         torch.manual_seed(3)
-        optimizer = sgd(disc)
-        loss, finite = rae_decoder_train.disc_step(disc, optimizer, images, z, decoder, accum, "fp32")
-        assert finite
+        loss, _ = rae_decoder_train.disc_step(disc, sgd(disc), images, z, decoder, accum, "fp32")
         found.append(gradients(disc) | {"loss": loss})
         assert not disc.training
     same(*found, tolerance=1e-5)
-    torch.manual_seed(3)
-    u, disc = torch.rand(8, 2, 5), SmallDisc()
-    fake = np.rint(decoder(z).detach().double().numpy().clip(0, 1) * 255) / 255
-    fake = torch.from_numpy(fake).float()
-    logits = [disc(diff_augment(2 * x - 1, u[:, i])) for i, x in enumerate((images, fake))]
-    (0.5 * ((1 - logits[0]).clamp(min=0).mean() + (1 + logits[1]).clamp(min=0).mean())).backward()
-    same(gradients(disc), {name: found[0][name] for name in gradients(disc)})
     assert all(p.grad is None for p in decoder.parameters())
 
 
@@ -711,7 +700,9 @@ def test_learning_rate_at_exact_steps():
     ("flags", "warmup"),
     [
         # An epoch is 100 steps. small warms up for a twentieth of the run, and no run for more than a tenth.
+        ("--preset imagenet256 --steps 500", 50),
         ("--preset imagenet256 --steps 7", 0),
+        ("--preset imagenet256 --steps 500 --warmup-epochs 1", 100),
         ("--preset small --batch-size 512", 40),
         ("--preset small --batch-size 512 --steps 40", 2),
         ("--preset small --batch-size 512 --steps 40 --warmup-epochs 0.1", 10),
@@ -879,66 +870,30 @@ def test_a_run_starts_from_another_decoder_and_goes_on(folder):
 
 # A step that is not finite
 
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """poisoned(part, calls) gives these calls of decoder_step or disc_step, from 1 on, images of nan."""
-
-    def poison_calls(part, calls):
-        original = getattr(rae_decoder_train, part)
-        count = itertools.count(1)
-
-        def broken(model, optimizer, images, *rest, **options):
-            if next(count) in calls:
-                images = images * math.nan
-            return original(model, optimizer, images, *rest, **options)
-
-        monkeypatch.setattr(rae_decoder_train, part, broken)
-
-    return poison_calls
-
-
-def all_finite(value):
-    if isinstance(value, dict):
-        return all(all_finite(part) for part in value.values())
-    return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())
-
-
-def trained_heads(checkpoint):
-    """The discriminator's weights and its optimizer's moments, without the vectors of spectral norm."""
-    weights = {name: value for name, value in checkpoint["disc"].items() if not name.endswith(("_u", "_v"))}
-    return {"weights": weights, "moments": checkpoint["disc_optimizer"]["state"]}
-
-
 ADVERSARIES = "--gan-weight 0.75 --disc-weights random --disc-start 0 --gan-start 0".split()  # noqa: SIM905
 
 
 @pytest.mark.slow
-def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, tiny_dino, poisoned, capsys):
-    """Decoder and EMA have moved by then. A decoder's step that is not finite moves nothing."""
-    poisoned("disc_step", {2, 3})
-    poisoned("decoder_step", {5})
-    run(*ADVERSARIES, "--steps", 6, "--keep-every", 1, "--log-every", 1, "--ema", 0.75)
-    states = [read(f"runs/decoder/000000{step}.pt") for step in range(1, 7)]
-    assert all(map(all_finite, states))
+def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, tiny_dino, monkeypatch, capsys):
+    """Decoder and EMA have moved by then, and their losses stay in the log."""
+    disc_step = rae_decoder_train.disc_step
+    count = itertools.count(1)
 
-    same_disc = [equal(trained_heads(a), trained_heads(b)) for a, b in itertools.pairwise(states)]
-    same_decoder = [equal(a["model"], b["model"]) for a, b in itertools.pairwise(states)]
-    assert same_disc == [True, True, False, True, False]
-    assert same_decoder == [False, False, False, True, False]
-    for before, after in itertools.pairwise(states):
-        for name, value in after["ema"].items():
-            average = 0.75 * before["ema"][name] + 0.25 * after["model"][name]
-            average = before["ema"][name] if after["step"] == 5 else average
-            assert torch.allclose(value, average, rtol=1e-5, atol=1e-7), (after["step"], name)
+    def broken(model, optimizer, images, *rest):
+        factor = math.nan if next(count) in (2, 3) else 1
+        return disc_step(model, optimizer, images * factor, *rest)
 
-    # The decoder's losses stay in the log where the discriminator's is missing.
-    records = log()
-    assert [record["skipped"] for record in records] == [0, 1, 2, 2, 3, 3]
-    assert ["disc" in record for record in records] == [True, False, False, True, False, True]
-    assert ["l1" in record and "gan" in record for record in records] == [True] * 4 + [False, True]
-    assert all(math.isfinite(value) for record in records for value in record.values())
+    monkeypatch.setattr(rae_decoder_train, "disc_step", broken)
+    run(*ADVERSARIES, "--steps", 4, "--keep-every", 1, "--log-every", 1, "--ema", 0.75)
+    states = [read(f"runs/decoder/000000{step}.pt") for step in range(1, 5)]
+    moments = [state["disc_optimizer"]["state"] for state in states]
+    assert [equal(a, b) for a, b in itertools.pairwise(moments)] == [True, True, False]
+    for part in ("model", "ema"):
+        assert not any(equal(a[part], b[part]) for a, b in itertools.pairwise(states))
+
+    assert [record["skipped"] for record in log()] == [0, 1, 2, 2]
+    assert ["disc" in record for record in log()] == [True, False, False, True]
+    assert all("l1" in record and "gan" in record for record in log())
     lines = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
-    discriminator = "step {}: the discriminator's update was skipped, not finite: disc nan".format
-    assert lines[:2] == [discriminator(2), discriminator(3)] and len(lines) == 3
-    assert lines[2].startswith("step 5: the decoder's update was skipped, not finite: l1 nan, gan ")
+    skipped = "step {}: the discriminator's update was skipped, not finite: disc nan"
+    assert lines == [skipped.format(2), skipped.format(3)]
