@@ -16,9 +16,7 @@ import contextlib
 import json
 import math
 import multiprocessing
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,6 +50,13 @@ LATENT = (768, 16, 16)  # of DINOv2-B at 256 px
 CLASSES = 1000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COLUMNS = {
+    "ms": ("ms", ".1f"),
+    "spread": ("spread", ".0%"),
+    "gflops": ("GFLOP/s", ".0f"),
+    "of_limit": ("of limit", ".2f"),
+    "images_per_s": ("images/s", ".1f"),
+}
 
 
 # Measuring
@@ -84,8 +89,7 @@ class Table:
 
     def head(self):
         if not self.as_json:
-            titles = f"{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of limit':>10}{'images/s':>10}"
-            print(f"{'part':<48}{titles}")
+            print(f"{'part':<48}", *(f"{title:>10}" for title, _ in COLUMNS.values()), sep="")
 
     def add(self, part, run, images=0, precision=None):
         """Times run(), counting its operations where a precision is given; returns the seconds."""
@@ -100,14 +104,6 @@ class Table:
             row["of_limit"] = row["gflops"] / self.limit[precision]
         self.show(row, images)
         return seconds
-
-    def add_once(self, part, run, images=0):
-        """Times one call, the first."""
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        self.show({"part": part, "ms": 1e3 * (time.perf_counter() - start)}, images)
 
     def add_limit(self, precision, when):
         """The rate of a large square product; rows are compared with the first."""
@@ -126,14 +122,8 @@ class Table:
         if self.as_json:
             print(json.dumps(row), flush=True)
             return
-        cells = [
-            f"{row['part']:<48}{row['ms']:10.1f}",
-            f"{row['spread']:8.0%}" if "spread" in row else " " * 8,
-            f"{row['gflops']:10.0f}" if "gflops" in row else " " * 10,
-            f"{row['of_limit']:10.2f}" if "of_limit" in row else " " * 10,
-            f"{row['images_per_s']:10.1f}" if images else "",
-        ]
-        print("".join(cells), flush=True)
+        cells = [f"{row[key]:10{form}}" if key in row else " " * 10 for key, (_, form) in COLUMNS.items()]
+        print(f"{row['part']:<48}", *cells, sep="", flush=True)
 
     def note(self, part, value):
         if self.as_json:
@@ -242,40 +232,21 @@ def bench_frechet(table, quick, precision):
     size = 512 if quick else 2048
     one, two = (fid.moments(torch.randn(3000, size) @ torch.randn(size, size)) for _ in range(2))
     part = f"Frechet distance, {size} dimensions"
-    seconds = table.add(part, partial(fid.frechet_distance, *one, *two))
-    if quick:
-        return
-    start = time.perf_counter()
+    table.add(part, partial(fid.frechet_distance, *one, *two))
     root = scipy.linalg.sqrtm((one[1] @ two[1]).numpy()).real.trace()
-    table.note("  times faster than scipy.linalg.sqrtm", (time.perf_counter() - start) / seconds)
-    theirs = ((one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * root).item()
-    table.note("  relative difference from it", abs(fid.frechet_distance(*one, *two) / theirs - 1))
+    expected = (one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * root
+    error = abs(fid.frechet_distance(*one, *two) / expected.item() - 1)
+    table.note("  relative difference from scipy.linalg.sqrtm", error)
 
 
-def bench_programs(table, quick, precision):
-    """Images a second of the loader, and of whole commands, their start included."""
+def bench_loader(table, quick, precision):
     num = 64 if quick else 200
     with tempfile.TemporaryDirectory() as folder:
-        data = os.path.join(folder, "demo")
-        rae_encoder.draw_demo(data, num)
-        images = rae_encoder.ImageData(data, 32)
+        rae_encoder.draw_demo(f"{folder}/demo", num)
+        images = rae_encoder.ImageData(f"{folder}/demo", 32)
         order = rae_encoder.even_order(len(images), num, 32)
         load = partial(rae_encoder.load_images, images, order, DEVICE)
         table.add("loader, 32 px, no workers", lambda: list(load()), num)
-
-        torch.save(dit_dh.build("DiT-DH-XS", (384, 16, 16), 10).state_dict(), f"{folder}/flow.pt")
-        decoder = rae_decoder_train.Decoder("ViT-S", 384, 16, 16, [0.5] * 3, [0.5] * 3)
-        torch.save(decoder.state_dict(), f"{folder}/decoder.pt")
-        torch.save({"mean": torch.zeros(384, 16, 16), "var": torch.ones(384, 16, 16)}, f"{folder}/stats.pt")
-        files = [f"--{name}={folder}/{name}.pt" for name in ("flow", "decoder", "stats")]
-        fid_words = ["fid.py", data, "--ref", data, "--inception-weights", "random"]
-        sample_words = ["sample.py", *files, "--steps=5", "--num=8", "--out", f"{folder}/samples"]
-        for part, count, words in (
-            (f"fid.py, {2 * num} images", 2 * num, fid_words),
-            ("sample.py, DiT-DH-XS, ViT-S, 5 steps", 8, sample_words),
-        ):
-            run = partial(subprocess.run, [sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-            table.add_once(part, run, count)
 
 
 # Memory of a training step, by tensors that have shapes but no values
@@ -371,19 +342,19 @@ def make_encoder(size):
     return rae_encoder.Encoder("vit_base_patch14_reg4_dinov2", image_size=size, weights="random")
 
 
-def without_values(make):
-    """The module make(), its weights and buffers fake tensors on the CPU."""
+def without_values(make, device="cpu"):
+    """The module make(), its weights and buffers fake tensors on the device."""
     warnings.filterwarnings("ignore", ".* to a meta parameter")  # lpips has some weights of its own
     with unset_fake_temporarily(), torch.device("meta"):
         module = make()
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
-                fake = torch.empty(weight.shape)
+                fake = torch.empty(weight.shape, device=device)
                 part._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return module
 
 

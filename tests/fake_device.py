@@ -1,4 +1,4 @@
-"""Every step on a device that only pretends: training, sampling, evaluation. Run by test_fake_device.py.
+"""Every step on a device that only pretends: training, sampling, features. Run by test_fake_device.py.
 
     python -m pytest -q tests/fake_device.py      # no GPU, no driver; nothing is computed
 
@@ -12,7 +12,7 @@ test_cuda.py.
 
 import copy
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import without_values  # noqa: E402
+
 import dit_dh  # noqa: E402
 import fid  # noqa: E402
 import flow_train  # noqa: E402
@@ -52,15 +54,14 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 def in_bf16(operation):
     """What autocast makes of an operation: its fp32 arguments are cast to bf16."""
 
+    def cast(x):
+        return x.bfloat16() if x.dtype == torch.float32 else x
+
     def kernel(*args, **options):
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-            return operation(*tree_map_only(torch.Tensor, to_bf16, args), **options)
+            return operation(*tree_map_only(torch.Tensor, cast, args), **options)
 
     return kernel
-
-
-def to_bf16(x):
-    return x.bfloat16() if x.dtype == torch.float32 else x
 
 
 # The operations that CUDA's autocast casts down; all others are left as they are.
@@ -105,26 +106,28 @@ def ones(shape):
     return [ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
 
 
+NETWORKS = {
+    "encoder": lambda: rae_encoder.Encoder("vit_small_patch14_reg4_dinov2", weights="random"),
+    "decoder": lambda: rae_decoder_train.Decoder("ViT-mini", 384, 16, 16, [0.5] * 3, [0.5] * 3),
+    "perceptual": lambda: rae_decoder_train.perceptual_loss("random"),
+    "discriminator": lambda: rae_decoder_train.Discriminator("random").eval(),
+    "DiT": lambda: dit_dh.build("DiT-S", LATENT, 1000, depth=3),
+    "DiT-DH": lambda: dit_dh.build("DiT-DH-S", LATENT, 1000, depth=3),
+    "x with base": lambda: dit_dh.build("DiT-DH-S", LATENT, 1000, "x", 2, depth=3),
+    "Inception": lambda: fid.Inception("adm").fold(),
+}
+
+
 @cache
-def on_meta(make):
-    """The module make(), built without memory or values, once for all tests."""
+def on_meta(name):
+    """The network, built without memory or values, once for all tests."""
     with unset_fake_temporarily(), torch.device("meta"):
-        return make()
+        return NETWORKS[name]()
 
 
-def on_gpu(make):
-    """A copy of the module make() with parameters and buffers on the device."""
-    with unset_fake_temporarily():
-        module = copy.deepcopy(on_meta(make))
-    for part in module.modules():
-        for name, value in part._parameters.items():
-            if value is not None:
-                moved = torch.empty(value.shape, dtype=value.dtype, device=GPU)
-                part._parameters[name] = nn.Parameter(moved, value.requires_grad)
-        for name, value in part._buffers.items():
-            if value is not None:
-                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=GPU)
-    return module
+def on_gpu(name):
+    """A copy of the network with parameters and buffers on the device."""
+    return without_values(partial(copy.deepcopy, on_meta(name)), GPU)
 
 
 def on_device(*tensors):
@@ -137,44 +140,8 @@ def gradients(parameters):
     return [weight.grad for weight in parameters if weight.grad is not None]
 
 
-def images(num=4):
-    return torch.empty(num, 3, 256, 256, device=GPU)
-
-
-def latents(num=4):
-    return torch.empty(num, *LATENT, device=GPU)
-
-
-def labels(num=4):
-    return torch.zeros(num, dtype=torch.long, device=GPU)
-
-
-def encoder():
-    return rae_encoder.Encoder("vit_small_patch14_reg4_dinov2", image_size=256, weights="random")
-
-
-def decoder():
-    return rae_decoder_train.Decoder("ViT-mini", 384, 16, 16, [0.5] * 3, [0.5] * 3)
-
-
-def perceptual():
-    return rae_decoder_train.perceptual_loss("random")
-
-
-def disc():
-    return rae_decoder_train.Discriminator("random").eval()
-
-
-def dit():
-    return dit_dh.build("DiT-S", LATENT, 1000, depth=3)
-
-
-def dit_dh_s():
-    return dit_dh.build("DiT-DH-S", LATENT, 1000, depth=3)
-
-
-def x_with_base():
-    return dit_dh.build("DiT-DH-S", LATENT, 1000, "x", 2, depth=3)
+def latents():
+    return torch.empty(4, *LATENT, device=GPU)
 
 
 # The steps
@@ -183,29 +150,32 @@ def x_with_base():
 def run_flow(network, **options):
     network.train()
     optimizer = flow_train.adamw(network)
-    terms, finite = flow_train.train_step(network, optimizer, latents(), labels(), **FLOW | options)
+    y = torch.zeros(4, dtype=torch.long, device=GPU)
+    terms, finite = flow_train.train_step(network, optimizer, latents(), y, **FLOW | options)
     on_device(*terms.values(), *gradients(network.parameters()))
     assert finite and optimizer.state
 
 
 def run_decoder(gan=True, recompute=False, **options):
-    network = on_gpu(decoder)
+    network = on_gpu("decoder")
     network.checkpoint_activations = recompute
-    judge = on_gpu(disc) if gan else None
+    disc = on_gpu("discriminator") if gan else None
     step = DECODER | options
+    images = torch.empty(4, 3, 256, 256, device=GPU)
+    optimizer = rae_decoder_train.adamw(network)
     terms, _ = rae_decoder_train.decoder_step(
-        network, rae_decoder_train.adamw(network), images(), latents(), on_gpu(perceptual), judge, **step
+        network, optimizer, images, latents(), on_gpu("perceptual"), disc, **step
     )
     on_device(*terms.values(), *gradients(network.parameters()))
     if gan:
-        optimizer = rae_decoder_train.adamw(judge.heads)
+        optimizer = rae_decoder_train.adamw(disc.heads)
         settings = (step["accum"], step["precision"])
-        loss, _ = rae_decoder_train.disc_step(judge, optimizer, images(), latents(), network, *settings)
-        on_device(loss, *gradients(judge.heads.parameters()))
+        loss, _ = rae_decoder_train.disc_step(disc, optimizer, images, latents(), network, *settings)
+        on_device(loss, *gradients(disc.heads.parameters()))
 
 
 class Data:
-    """Eight images, as much of ImageData as latents and evaluation need."""
+    """Eight images, as much of ImageData as latents need."""
 
     seed = 0
 
@@ -225,39 +195,26 @@ def run_statistics(network, monkeypatch):
     on_device(*rae_encoder.latent_statistics(z for z, _ in views))
 
 
-def run_latents(cached, flip, monkeypatch):
-    monkeypatch.setattr(flow_train, "load_images", load)
-    monkeypatch.setattr(rae_encoder, "load_images", load)
-    network = on_gpu(encoder)
-    source = flow_train.LatentCache(network, Data(), flip, 4, 0, 0) if cached else Data()
-    mean = torch.zeros(LATENT, device=GPU)
-    var = torch.ones(LATENT, device=GPU)
-    order = rae_encoder.even_order(8, 8, 4)
-    for z, y in flow_train.load_latents(source, network, mean, var, order, 0):
-        on_device(z, y)
-
-
-def run_evaluation(monkeypatch):
-    monkeypatch.setattr(rae_decoder_train, "load_images", load)
-    networks = (on_gpu(decoder), on_gpu(encoder), on_gpu(perceptual))
-    scores = rae_decoder_train.evaluate(*networks, Data(), 0, batch_size=4)
-    assert scores.keys() == {"eval_psnr", "eval_lpips"}
+def network_of_file():
+    network = on_gpu("DiT-DH").eval()
+    network.config = {"latent_shape": list(LATENT), "num_classes": 1000}
+    return network
 
 
 def run_sampling(monkeypatch, *flags):
-    """What sample.py does between its files: ImageSource.images, in autocast."""
+    """What sample.py does between its files: the images of open_sampling, in autocast."""
     statistics = {"mean": torch.zeros(LATENT), "var": torch.ones(LATENT)}  # on the CPU, as they are read
     monkeypatch.setattr(sample, "local_file", lambda path, flag: path)
-    monkeypatch.setattr(dit_dh, "load", lambda path, flag: on_gpu(dit_dh_s).eval())
-    monkeypatch.setattr(dit_dh, "read", lambda path, flag: statistics)
-    monkeypatch.setattr(sample, "load_decoder", lambda *args: (on_gpu(decoder).eval(), {}))
+    monkeypatch.setattr(dit_dh, "load", lambda path, flag: network_of_file())
+    monkeypatch.setattr(sample, "read_weights", lambda path, flag: statistics)
+    monkeypatch.setattr(sample, "load_decoder", lambda *args: (on_gpu("decoder").eval(), {}))
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)  # fake weights can't be moved
     args = sample.parse_args(
         ["--flow", "flow.pt", "--decoder", "decoder.pt", "-n", "6", "--steps", "4", *flags]
     )
-    source = sample.open_sampling(args, GPU, "bf16")
+    *_, images, _ = sample.open_sampling(args, GPU)
     with torch.no_grad(), torch.autocast("gpu", torch.bfloat16):
-        for made in source.images([[0, 1, 2, 3], [4, 5]]):
+        for made in images([[0, 1, 2, 3], [4, 5]]):
             on_device(made)
             assert made.shape[1:] == (3, 256, 256)
 
@@ -266,45 +223,48 @@ def run_sampling(monkeypatch, *flags):
 
 
 def test_ema():
-    ema = on_gpu(dit)
-    flow_train.update_ema(ema, on_gpu(dit), 0.9)
+    ema = on_gpu("DiT")
+    flow_train.update_ema(ema, on_gpu("DiT"), 0.9)
     on_device(*ema.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"accum": 2, "precision": "fp32", "clip": 0}])
 @pytest.mark.parametrize("distribution", ["uniform", "logit-normal"])
 def test_train_step(distribution, options):
-    run_flow(on_gpu(dit), time_dist=distribution, **options)
+    run_flow(on_gpu("DiT"), time_dist=distribution, **options)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_train_step_of_a_head_and_a_base(recompute):
-    network = on_gpu(x_with_base)
+    network = on_gpu("x with base")
     network.checkpoint_activations = recompute
     run_flow(network, prediction="x", with_base=True)
     on_device(*gradients(network.base_layer.parameters()))
 
 
-def test_decoder_step():
-    run_decoder(gan=False, noise_law="half-normal")
-
-
-@pytest.mark.parametrize("options", [{}, {"recompute": True, "accum": 2, "precision": "fp32"}])
-def test_decoder_step_with_discriminator(options):
+@pytest.mark.parametrize(
+    "options",
+    [{"gan": False, "noise_law": "half-normal"}, {}, {"recompute": True, "accum": 2, "precision": "fp32"}],
+)
+def test_decoder_step(options):
     run_decoder(**options)
 
 
 def test_statistics(monkeypatch):
-    run_statistics(on_gpu(encoder), monkeypatch)
+    run_statistics(on_gpu("encoder"), monkeypatch)
 
 
 @pytest.mark.parametrize(("cached", "flip"), [(False, True), (True, True), (True, False)])
 def test_latents(cached, flip, monkeypatch):
-    run_latents(cached, flip, monkeypatch)
-
-
-def test_evaluation(monkeypatch):
-    run_evaluation(monkeypatch)
+    monkeypatch.setattr(flow_train, "load_images", load)
+    monkeypatch.setattr(rae_encoder, "load_images", load)
+    network = on_gpu("encoder")
+    source = flow_train.LatentCache(network, Data(), flip, 4, 0, 0) if cached else Data()
+    mean = torch.zeros(LATENT, device=GPU)
+    var = torch.ones(LATENT, device=GPU)
+    order = rae_encoder.even_order(8, 8, 4)
+    for z, y in flow_train.load_latents(source, network, mean, var, order, 0):
+        on_device(z, y)
 
 
 @pytest.mark.parametrize("guidance", [[], ["--cfg", "2"], ["--cfg", "2", "--autoguide", "weak.pt"]])
@@ -312,35 +272,26 @@ def test_sampling(guidance, monkeypatch):
     run_sampling(monkeypatch, "--solver", "heun", *guidance)
 
 
-def inception():
-    return fid.Inception("adm").fold()
-
-
 def test_inception():
     with torch.inference_mode():
-        on_device(on_gpu(inception)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=GPU)))
+        on_device(on_gpu("Inception")(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=GPU)))
 
 
 # A tensor on the wrong device is found
-
-
-def left_on_the_cpu(monkeypatch, module, name):
-    """The function module.name forgets the device of its result."""
-    function = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: function(*args).cpu())
 
 
 def test_a_tensor_left_behind_is_found(monkeypatch):
     """One in each script: times, augmented images, the encoder's mean, the noise of samples."""
     wrong_device = pytest.raises((RuntimeError, AssertionError), match="(?s)device")
     for module, name, run in (
-        (flow_train, "draw_times", lambda: run_flow(on_gpu(dit))),
+        (flow_train, "draw_times", lambda: run_flow(on_gpu("DiT"))),
         (rae_decoder_train, "diff_augment", run_decoder),
     ):
+        function = getattr(module, name)
         with monkeypatch.context() as patch, wrong_device:
-            left_on_the_cpu(patch, module, name)
+            patch.setattr(module, name, lambda *args, function=function: function(*args).cpu())
             run()
-    network = on_gpu(encoder)
+    network = on_gpu("encoder")
     network.mean = torch.zeros(3, 1, 1)
     with monkeypatch.context() as patch, wrong_device:
         run_statistics(network, patch)

@@ -9,10 +9,8 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import tracemalloc
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,7 +79,7 @@ def run(capsys, *argv):
 class Colours(torch.nn.Module):
     """A network of three features, the mean colour, and two classes: light and dark."""
 
-    def __init__(self):
+    def __init__(self, protocol="adm"):
         super().__init__()
         self.fc = torch.nn.Linear(3, 2)
         self.fc.weight.data = torch.tensor([[1.0, 1, 1], [-1, -1, -1]]) / 32
@@ -89,6 +87,9 @@ class Colours(torch.nn.Module):
 
     def forward(self, images):
         return images.float().mean((2, 3)) - 128
+
+    def fold(self):
+        return self
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ def test_main_joins_images_and_formulas(place, capsys, colours):
 
 
 @pytest.mark.slow
-def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path, monkeypatch):
+def test_saved_statistics_stand_for_the_images(place, capsys, tmp_path):
     def run_timm(*argv, weights=place / "test_vit.pth"):
         return run(capsys, *argv, "--features", "test_vit", "--features-weights", weights)
 
@@ -466,30 +467,25 @@ def test_reference_batches_as_adms(place, capsys, tmp_path, colours):
     assert found["ref_num"] == 4 and found["fid"] > 0
 
 
-@pytest.mark.parametrize(
-    ("maker", "network"),
-    [
+def test_statistics_are_of_one_network(place, capsys, tmp_path, monkeypatch):
+    """Those of an unknown maker, as ADM's, are of Inception and adm; a set has no distance from itself."""
+    moments = {"mu": np.ones(3), "sigma": np.eye(3)}
+    for maker, network in (
         (None, "pytorch-fid inception 0"),
         (None, "224px test_vit 0"),
         ("clean inception 0", "adm inception 0"),
         ("adm inception 6726825d", "adm inception 0"),
-    ],
-)
-def test_statistics_are_of_one_network(place, capsys, tmp_path, monkeypatch, maker, network):
-    """Those of an unknown maker, as ADM's, are of Inception and adm; a set has no distance from itself."""
-    monkeypatch.setattr(fid, "load_network", lambda *_: (Colours(), network))
-    moments = {"mu": np.ones(3), "sigma": np.eye(3)}
-    made_by = {"made_by": maker} if maker else {}
-    np.savez(tmp_path / "both.npz", arrays_of(place / "a"), **moments, **made_by)
-    np.savez(tmp_path / "mine.npz", **moments, **made_by)
-    for name in ("both", "mine"):
-        path = str(tmp_path / f"{name}.npz")
-        for sets in ([place / "a", "--ref", path], [path, "--ref", place / "a"]):
-            line = message(fid.main, [str(word) for word in sets])
-            assert line.startswith(
-                f"{path}: mu and sigma are of {maker or 'adm inception'}, not of {network}; "
-            )
-    assert run(capsys, place / "a", "--ref", tmp_path / "both.npz", "--ref-num", 12)["fid"] < 1e-4
+    ):
+        monkeypatch.setattr(fid, "load_network", lambda *_, by=network: (Colours(), by))
+        made_by = {"made_by": maker} if maker else {}
+        both, mine = (str(tmp_path / f"{name}.npz") for name in ("both", "mine"))
+        np.savez(both, arrays_of(place / "a"), **moments, **made_by)
+        np.savez(mine, **moments, **made_by)
+        for path in (both, mine):
+            start = f"{path}: mu and sigma are of {maker or 'adm inception'}, not of {network}; "
+            assert message(fid.main, [str(place / "a"), "--ref", path]).startswith(start)
+            assert message(fid.main, [path, "--ref", str(place / "a")]).startswith(start)
+        assert run(capsys, place / "a", "--ref", both, "--ref-num", 12)["fid"] < 1e-4
 
 
 def test_features_do_not_depend_on_batch_or_threads(place):
@@ -530,11 +526,10 @@ def test_inception_score_does_not_depend_on_the_order_of_a_folder(tmp_path, caps
 
 def test_settings_of_samples_are_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ("ref", "crop", "inception_weights", "num", "ref_num")
 
     def values(*argv):
         args = fid.parse_args([*argv, "--metrics", "is"])
-        return tuple(getattr(args, name) for name in names)
+        return args.ref, args.crop, args.inception_weights, args.num, args.ref_num
 
     normal = (None, None, "hub", None, None)
     demo = (str(tmp_path / "data/demo"), 32, "random", 200, 200)
@@ -549,11 +544,10 @@ def test_settings_of_samples_are_defaults(tmp_path, monkeypatch):
         (tmp_path / folder / "settings.json").write_text(json.dumps(settings))
         assert values(folder) == expected
     assert values("nowhere") == values("x.npz") == normal
-    # A flag wins; with a reference, and for statistics of the samples alone, the file is not asked.
-    assert values("mine", "--crop", "32") == (mine[0], 32, *mine[2:])
-    assert values("demo", "--num", "5", "--inception-weights", "hub") == (*demo[:2], "hub", 5, 200)
-    assert values("demo", "--ref", "y") == ("y", *normal[1:])
-    assert values("mine", "--ref", "y", "--crop", "9") == ("y", 9, *normal[2:])
+    # A flag wins; with a reference, and for statistics of the samples alone, the file is not read.
+    given = ["--crop", "9", "--num", "5", "--inception-weights", "hub"]
+    assert values("demo", *given) == (demo[0], 9, "hub", 5, 200)
+    assert values("mine", "--ref", "y") == ("y", *normal[1:])
     assert values("mine", "--save-stats", "x.npz") == normal
     assert "--ref is missing" in message(fid.main, ["strange"])
 
@@ -575,27 +569,6 @@ def test_reference_and_crop_come_from_the_samples(place, tmp_path, monkeypatch, 
     line = message(fid.main, [])
     assert f"No such file or directory: '{tmp_path / 'imagenet256'}'" in line and "--ref" in line
     assert fid.main(["samples", "--metrics", "is", "--workers=0"]) is None  # which needs no reference
-
-
-def test_sets_are_opened_before_a_network(bad, monkeypatch):
-    """On a machine without a network, too, the missing folder is named at once, not the hub."""
-
-    def fetch(*_args, **_options):
-        raise AssertionError("fetched before the sets were looked at")
-
-    monkeypatch.chdir(bad)
-    monkeypatch.setattr(fid, "load_network", fetch)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    for words, start in {
-        "nowhere --ref a": "nowhere: ",
-        "a --ref nowhere": "nowhere: ",
-        "nowhere --ref imagenet256": "nowhere: ",
-        "broken --ref a": "'broken/",
-        "a --ref junk.npz": "junk.npz: ",
-        "one --ref a": "one: 1 images",
-        "a --ref whole.npz --metrics prec": "--metrics prec: these sets allow fid,is; ",
-    }.items():
-        assert message(fid.main, words.split()).startswith(start)
 
 
 def test_first_line(place, tmp_path, capsys, colours):
@@ -657,25 +630,24 @@ def wait(path):
         time.sleep(1)
     return read(path)
 Image.open = wait
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_interrupt_ends_in_one_line(place):
     """Ctrl-C while threads read images."""
-    words = [place / "a", "--ref", place / "b", "--features", "test_vit"]
-    words += ["--features-weights", place / "test_vit.pth"]
-    script = SLOW_THREADS.replace("sys.argv[1]", repr(fid.__file__))
-    command = [sys.executable, "-c", script, *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = f"a --ref b --features test_vit --features-weights {place}/test_vit.pth".split()
+    command = [sys.executable, "-c", SLOW_THREADS, fid.__file__, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=place, **pipes)
     while process.stderr.readline() != "reading\n":
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=120)
-    assert process.returncode == 130 and out == ""
+    assert process.returncode == 130 and out == "" and "Traceback" not in rest
     assert rest.splitlines()[-1].startswith("interrupted; nothing was written")
-    assert "Traceback" not in rest
 
 
 # Damaged and hostile files
@@ -709,13 +681,10 @@ def test_hostile_npz_headers(tmp_path):
     for header in (
         start + "(-4, -8, 8, 3)}",
         start + "(4000000000000, 8, 8, 3)}",
-        start + "(4000000000000, 0, 8, 3)}",
         start + "(0, 8, 8, 3)}",
         start + "(4, 8, 8)}",
-        start + "()}",
         start.replace("False", "True") + "(4, 8, 8, 3)}",
         start.replace("u1", "O") + "(4, 8, 8, 3)}",
-        "{'descr': '|u1', 'fortran_order': False}",
         "__import__('os').abort()",
     ):
         text = header.encode().ljust(117) + b"\n"
@@ -732,12 +701,10 @@ def test_hostile_images(tmp_path):
     Image.fromarray(noise).save(buffer, "JPEG")
     for name, write in {
         "truncated.jpg": lambda file: file.write_bytes(buffer.getvalue()[:700]),
-        "zero.png": lambda file: file.write_bytes(b""),
         "bomb.png": lambda file: Image.new("1", (20000, 20000)).save(file),
         "dangling.png": lambda file: file.symlink_to(tmp_path / "nowhere.png"),
         "flat.png": lambda file: Image.new("RGB", (4000, 1)).save(file),
         "new\nline.png": lambda file: file.write_bytes(b""),
-        "dot.png": lambda file: Image.new("RGB", (1, 1)).save(file),
     }.items():
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -750,22 +717,9 @@ def test_hostile_images(tmp_path):
 # Files of others
 
 
-@pytest.fixture
-def small_inception(monkeypatch):
-    """Files of weights of kilobytes stand for those of Inception."""
-    monkeypatch.setattr(fid, "Inception", SmallInception)
-
-
-class SmallInception(Colours):
-    def __init__(self, protocol):
-        super().__init__()
-
-    def fold(self):
-        return self
-
-
-def test_download_checks_the_hash(tmp_path, monkeypatch, small_inception):
+def test_download_checks_the_hash(tmp_path, monkeypatch):
     """The released file's name ends in the first digits of its SHA-256: any other content is refused."""
+    monkeypatch.setattr(fid, "Inception", Colours)
     released = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     assert fid.URLS["hub"].endswith(released.name)
     network = Colours()
@@ -781,85 +735,39 @@ def test_download_checks_the_hash(tmp_path, monkeypatch, small_inception):
     assert fetched == copied == f"adm inception {digest(network)}"
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """An HTTP server of files {path: (bytes that arrive, length that is promised)}; it counts the requests.
-
-    Returns files, requests, its address; torch.hub's folder is a new one.
-    """
-    files = {}
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            if self.path not in files:
-                return self.send_error(404)
-            content, length = files[self.path]
-            self.send_response(200)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
-    yield files, requests, f"http://127.0.0.1:{http.server_port}"
-    http.shutdown()
-    http.server_close()
-
-
-def npz_bytes(**arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def test_reference_batches_are_fetched_once(place, capsys, monkeypatch, server, tmp_path, colours):
-    files, requests, address = server
+def test_reference_batches_are_fetched_once(place, capsys, monkeypatch, tmp_path, colours):
     assert "imagenet/256/" in fid.URLS["imagenet256"] and "imagenet/512/" in fid.URLS["imagenet512"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     (tmp_path / "imagenet256").mkdir()  # the name means the reference batch all the same
-    monkeypatch.setitem(fid.URLS, "imagenet256", f"{address}/256/batch.npz")
-    content = npz_bytes(arr_0=arrays_of(place / "b"), mu=np.zeros(64), sigma=np.eye(64))
-    files["/256/batch.npz"] = (content, len(content))
-    (tmp_path / "copy.npz").write_bytes(content)
+    batch = tmp_path / "batch.npz"
+    monkeypatch.setitem(fid.URLS, "imagenet256", batch.as_uri())
+    np.savez(batch, arrays_of(place / "b"), mu=np.zeros(64), sigma=np.eye(64))
     some = ("--ref-num", 99)  # not its mu and sigma, which would be of Inception
-    expected = run(capsys, place / "a", "--ref", tmp_path / "copy.npz", *some)
-    for _ in range(2):
-        assert run(capsys, place / "a", "--ref", "imagenet256", *some) == expected | {"ref": "imagenet256"}
-    assert requests == ["/256/batch.npz"]
+    expected = run(capsys, place / "a", "--ref", batch, *some)
+    found = run(capsys, place / "a", "--ref", "imagenet256", *some)
+    assert found == expected | {"ref": "imagenet256"}
+    content = batch.read_bytes()
+    batch.unlink()
+    assert run(capsys, place / "a", "--ref", "imagenet256", *some) == found
     (path,) = (tmp_path / "hub/hub/checkpoints").iterdir()
     assert path.name == "batch.npz" and path.read_bytes() == content
 
-
-def test_a_reference_batch_that_cannot_be_fetched(capsys, server, tmp_path, monkeypatch):
-    files, _, address = server
-    whole = npz_bytes(arr_0=np.zeros((4, 64, 64, 3), np.uint8), mu=np.zeros(64), sigma=np.eye(64))
-    files["/cut.npz"] = (whole[: len(whole) // 2], len(whole))
-    files["/tail.npz"] = (whole[:-30], len(whole))
-    files["/page.npz"] = (b"<html>", 6)
-    free = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # a port where nothing listens
-    free.server_close()
-    for url, reason in {
-        f"{address}/cut.npz": "BadZipFile",
-        f"{address}/tail.npz": "BadZipFile",
-        f"{address}/page.npz": "BadZipFile",
-        f"{address}/none.npz": "404",
-        f"http://127.0.0.1:{free.server_port}/x.npz": "Connection refused",
-    }.items():
-        monkeypatch.setitem(fid.URLS, "imagenet512", url)
-        line = message(fid.local_file, "imagenet512")
-        assert line.startswith(f"{url}: ") and reason in line and "FILE" in line
-        assert capsys.readouterr().err.startswith(f"fetching {url}\n")  # before anything else
-    assert not list((tmp_path / "hub/hub/checkpoints").iterdir())
+    # Batches that are cut, pages of an error, and what can't be had, are refused and leave no file.
+    path.unlink()
+    for found in (content[: len(content) // 2], content[:-30], b"<html>", None):
+        reason = "BadZipFile" if found else "No such file"
+        if found:
+            batch.write_bytes(found)
+        line = message(fid.local_file, "imagenet256")
+        assert line.startswith(f"{batch.as_uri()}: ") and reason in line and "FILE" in line
+        assert capsys.readouterr().err.startswith(f"fetching {batch.as_uri()}\n")  # before anything else
+        batch.unlink(missing_ok=True)
+    assert not list(path.parent.iterdir())
 
 
-def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch, small_inception):
+def test_weights_by_their_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "Inception", Colours)
     torch.save(Colours().state_dict(), tmp_path / "inception.pt")
     requested = []
 
@@ -904,48 +812,65 @@ def bad(place):
 
 
 @pytest.mark.parametrize(
-    ("samples", "options", "start", "end"),
+    ("words", "line"),
     [
-        ("nowhere.npz", "", "nowhere.npz: ", "No such file"),
-        ("one", "", "one: 1 images", "at least 4 are needed"),
-        ("broken", "", "'broken/", "cannot identify image file"),
-        ("last", "--batch-size 3", "'last/y.png': not a readable image ", "; repair or remove it"),
-        ("last", "--workers 2", "'last/y.png': not a readable image ", "cannot identify image file"),
-        ("sizes", "--batch-size 1", "'sizes/", "--crop"),
-        ("junk.npz", "", "junk.npz: 'File is not a zip file'; ", "whole .npz of arr_0"),
-        ("half.npz", "", "half.npz: 0 images", ""),
-        ("lone.npz", "", "lone.npz: ", "sigma is not a file in the archive"),
-        ("floats.npz", "", "floats.npz: ", "arr_0 is float64"),
-        ("packed.npz", "", "packed.npz: ", "arr_0, uncompressed"),
-        ("pickle.npz", "", "pickle.npz: ", "allow_pickle"),
-        ("whole.npz", "--num 3", "whole.npz: 0 images", ""),
-        ("a", "--ref whole.npz --ref-num 9", "whole.npz: 0 images", ""),
-        ("a", "--ref whole.npz --crop 8", "whole.npz: 0 images", ""),
-        ("whole.npz", "--metrics prec", "--metrics prec: these sets allow fid; ", "images of both sets"),
-        ("a", "--metrics is", "--metrics is: these sets allow none; ", "is needs images and Inception"),
-        ("a", "--metrics fid,kid", "--metrics fid,kid: these sets allow fid,prec,rec; ", ""),
-        ("a", "--save-stats nowhere/x.npz", "", "nowhere/x.npz: expected a new .npz in a folder"),
-        ("a", "--save-stats x", "", "argument --save-stats: x: expected a new .npz"),
-        ("a", "--save-stats whole.npz", "", "argument --save-stats: whole.npz: expected a new .npz"),
-        ("a", "--num 0", "", "argument --num: expected a whole number from 1, got 0; --help lists the flags"),
-        ("a", "--batch-size 1.5", "", "argument --batch-size: invalid positive_int value: '1.5'; --help"),
-        ("a", "--workers -1", "", "argument --workers: expected a whole number from 0, got -1; --help"),
-        ("a", "--device cpux", "", "argument --device: cpux: no such device on this machine; --help"),
-        ("a", "--metric fid", "", "unrecognized arguments: --metric fid; --help lists the flags"),
-        ("a", "--features no_such_model", "no_such_model of test_vit.pth: ", "Unknown model"),
-        ("a", "--features-weights no.pth", "test_vit of no.pth: ", "No such file or directory"),
-        ("a", "--features-weights wrong.pth", "test_vit of wrong.pth: ", "Missing key"),
-        ("a", "--features-weights code.pth", "test_vit of code.pth: UnpicklingError", "takes timm's files"),
-        ("a", "--features=", "", "--features-weights needs --features"),
-        ("a", "--inception-weights random", "", "not allowed with argument --features"),
+        ("nowhere --ref a", "nowhere: "),
+        ("a --ref nowhere.npz", "nowhere.npz: "),
+        ("nowhere --ref imagenet256", "nowhere: "),
+        ("one --ref a", "one: 1 images"),
+        ("broken --ref a", "not a readable image (UnidentifiedImageError("),
+        ("junk.npz --ref a", "junk.npz: 'File is not a zip file'; "),
+        ("a --ref half.npz", "half.npz: 0 images"),
+        ("a --ref lone.npz", "sigma is not a file in the archive"),
+        ("a --ref floats.npz", "floats.npz: 'arr_0 is float64"),
+        ("a --ref packed.npz", "arr_0, uncompressed"),
+        ("a --ref pickle.npz", "allow_pickle"),
+        ("whole.npz --ref a --num 3", "whole.npz: 0 images"),
+        ("a --ref whole.npz --ref-num 9", "whole.npz: 0 images"),
+        ("a --ref whole.npz --crop 8", "whole.npz: 0 images"),
+        ("a --ref whole.npz --metrics prec", "--metrics prec: these sets allow fid,is; "),
+        ("a --ref b --metrics is --features test_vit", "--metrics is: these sets allow none; "),
+        ("a --ref b --metrics fid,kid", "--metrics fid,kid: these sets allow fid,prec,rec,is; "),
+        ("a --save-stats nowhere/x.npz", "nowhere/x.npz: expected a new .npz in a folder"),
+        ("a --save-stats x", "argument --save-stats: x: expected a new .npz"),
+        ("a --save-stats whole.npz", "argument --save-stats: whole.npz: expected a new .npz"),
+        ("a --ref b --num 0", "argument --num: expected a whole number from 1, got 0; --help lists the"),
+        ("a --ref b --batch-size 1.5", "argument --batch-size: invalid positive_int value: '1.5'"),
+        ("a --ref b --workers -1", "argument --workers: expected a whole number from 0, got -1"),
+        ("a --ref b --device cpux", "argument --device: cpux: no such device on this machine"),
+        ("a --ref b --metric fid", "unrecognized arguments: --metric fid"),
+        ("a --ref b --features-weights x.pth", "--features-weights needs --features"),
+        ("a --ref b --features test_vit --inception-weights random", "not allowed with argument --features"),
     ],
 )
-def test_bad_input_ends_in_one_line(bad, monkeypatch, samples, options, start, end):
+def test_bad_sets_and_flags_are_named_before_anything_is_fetched(bad, monkeypatch, words, line):
+    def fetch(*_args, **_options):
+        raise AssertionError("fetched before the sets were looked at")
+
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr(fid, "load_network", fetch)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert line in message(fid.main, words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("last --batch-size 3", "'last/y.png': not a readable image "),
+        ("last --workers 2", "'last/y.png': not a readable image "),
+        ("sizes --batch-size 1", "[3, 48, 32]"),
+        ("a --features no_such_model", "no_such_model of test_vit.pth: RuntimeError('Unknown model"),
+        ("a --features-weights no.pth", "test_vit of no.pth: FileNotFoundError"),
+        ("a --features-weights wrong.pth", "test_vit of wrong.pth: RuntimeError('Error(s) in loading"),
+        ("a --features-weights code.pth", "test_vit of code.pth: UnpicklingError"),
+    ],
+)
+def test_bad_images_and_weights_end_in_one_line(bad, monkeypatch, words, line):
     monkeypatch.chdir(bad)
     monkeypatch.setattr(fid, "load_network", LOADED)
-    words = f"{samples} --ref b --workers 0 --features test_vit --features-weights test_vit.pth {options}"
-    line = message(fid.main, words.split())
-    assert line.startswith(start) and end in line
-    assert "will likely succeed" not in line  # torch's advice to run the code in a file
-    if samples == "sizes":
-        assert "y.png" in line and "[3, 48, 32]" in line and "[3, 32, 32]" in line
+    words = f"--ref b --features test_vit --features-weights test_vit.pth {words}"
+    found = message(fid.main, words.split())
+    assert line in found
+    assert "will likely succeed" not in found  # torch's advice to run the code in a file
+    if "sizes" in words:
+        assert "'sizes/y.png'" in found and "[3, 32, 32]" in found and "--crop" in found
