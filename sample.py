@@ -130,6 +130,7 @@ def guided_velocity(model, x, t, y, weak=None, scale=1.0, internal=None, interva
     v_base + scale (v - v_base), where v_base has no class (classifier-free guidance, Ho & Salimans 2022) or
     is the `weak` network's (AutoGuidance, Karras et al. 2024: the paper's). internal: see network_velocity.
     """
+    # Outside of the interval no network is called twice.
     if not interval[0] <= t <= interval[1]:
         scale = 1.0
         internal = None
@@ -274,6 +275,7 @@ def choose_decoder(args, config):
 
 def open_decoder(args, path, flow_config, device):
     """Open a decoder that fits a flow; returns it and what its file tells, of a bare one shapes and flags."""
+    # load_decoder takes this encoder's mean and std for a bare decoder.
     encoder = args.encoder or flow_config.get("encoder", "dinov2-base")
     decoder, config = load_decoder(path, encoder, "--decoder", args.raw_pixels)
     shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]  # (C,G,G)
@@ -343,7 +345,7 @@ def main(argv=None):
             file=sys.stderr,
         )
 
-    # The ranks take turns, whatever was made before, so none depends on the files that another one sees.
+    # Each rank looks for its own images alone, since a network disk may show each one other files.
     files = [f"{args.out}/{i:06d}.png" for i in range(num)]
     mine = [i for i in range(rank, num, world) if not is_whole(files[i])]
     batches = list(BatchSampler(mine, max(1, args.batch_size // world), False))
@@ -450,9 +452,11 @@ def parse_args(argv=None):
     for action in foreign._group_actions:
         if action.dest in explicit:
             raise SystemExit(f"{action.option_strings[0]}: is for {foreign.title} alone")
+    # An empty interval would turn guidance off.
     low, high = args.guidance_interval
     if low >= high:
         raise SystemExit(f"--guidance-interval {low} {high}: expected MIN < MAX")
+    # The images' own seeds stay apart up to these bounds (draw_noise).
     if (args.num or 0) > MAX_NUM or args.seed > 4293:
         raise SystemExit(f"--num, --seed: beyond {MAX_NUM:,} and 4,293 two images would have one noise")
     needs_scale = "autoguide" in explicit or (
@@ -598,6 +602,7 @@ def write_npz(path, files, classes):
         with tempfile.TemporaryFile(dir=os.path.dirname(path)) as disk:
             for name in files:
                 disk.write(Image.open(name).tobytes())
+            # np.savez reads the images from the disk as it writes them.
             size = Image.open(files[0]).width
             images = np.memmap(disk, np.uint8, "r", shape=(len(files), size, size, 3))
             np.savez(file, arr_0=images, arr_1=np.resize(classes, len(files)))
