@@ -232,8 +232,8 @@ def to_velocity(output, x, t, prediction):
 class DiT(Module):
     """The baseline: all blocks and the final layer are conditioned on time + label.
 
-    latent_shape is (C, G, G). prediction is the meaning of the final layer's output, "v" or "x"; forward
-    returns v in either case. checkpoint_activations = True trades time for memory in training.
+    latent_shape is (C, G, G). prediction, which build sets, is the meaning of the final layer's output, "v"
+    or "x"; forward returns v in either case. checkpoint_activations trades time for memory in training.
     """
 
     base_depth = None  # only a DiT-DH has a base
