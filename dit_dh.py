@@ -18,11 +18,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.nn import Conv2d, Embedding, Identity, Linear, Module, ModuleList, Parameter, Sequential, SiLU
 from torch.nn.init import normal_, xavier_uniform_, zeros_
 from torch.utils.checkpoint import checkpoint
-
-from rae_encoder import read_weights, reason
 
 # A DiT has the first three dimensions, a DiT-DH all six.
 DIMENSIONS = ("width", "depth", "heads", "head_width", "head_depth", "head_heads")
@@ -403,7 +402,7 @@ def load(path, flag="--flow"):
     checkpoint's, or config_from_shapes of a bare file. Raises SystemExit, which names flag and the first key
     that doesn't fit, for any other file.
     """
-    file = read_weights(path, flag)
+    file = read(path, flag)
     weights = file.get("ema") or file.get("model") or file
     state = {}
     for key, value in weights.items():
@@ -429,7 +428,9 @@ def load(path, flag="--flow"):
         # load_state_dict copies weights of any dtype into fp32 ones, and leaves none mapped to the file.
         model.to_empty(device="cpu").load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({reason(error)})") from None
+        # torch lists all keys that don't fit, from the second line on.
+        lines = str(error).split("\n\t")[:2]
+        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({lines[-1]:.200})") from None
     model.config = config
     return model.eval()
 
@@ -463,3 +464,16 @@ def config_from_shapes(state):
             "head_heads": head_width // state["dec_feat_rope.freqs_cos"].shape[1],
         },
     }
+
+
+def read(path, flag="--flow"):
+    """Return the dict in a flow checkpoint or a released file; tensors stay in the file until they are used.
+
+    Raises SystemExit, which names flag, for a file that can't be read or holds no dict.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    except Exception as error:  # torch's message would advise weights_only=False
+        raise SystemExit(f"{flag} {path}: not a flow checkpoint ({type(error).__name__})") from None

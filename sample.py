@@ -14,6 +14,7 @@ Letters in shapes: B batch, C latent channels, G latent positions a side, S imag
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -32,7 +33,6 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import dit_dh
-from flow_train import default_shift, time_shift
 from rae_decoder_train import load_decoder
 from rae_encoder import (
     LATENTS,
@@ -105,7 +105,7 @@ def time_grid(steps, a, t_end=0.0):
     """
     # float64 keeps a time that equals an end of --guidance-interval inside of it.
     t = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
-    return time_shift(t, a).clamp(max=1)  # rounding can pass 1 where a is below 1
+    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # rounding can pass 1 where a is below 1
 
 
 def sample_latents(velocity, noise, grid, *, heun=False):
@@ -205,7 +205,7 @@ def open_sampling(args, device):
     if internal is not None and model.base_depth is None:
         raise SystemExit(f"--internal-guidance: {args.flow} has no base output (flow_train.py --base-depth)")
 
-    shift = args.shift or config.get("shift") or default_shift(model.latent_shape)
+    shift = args.shift or config.get("shift") or max(1.0, math.sqrt(math.prod(model.latent_shape) / 4096))
     # The classes take turns, so that each has as many images: the protocol of the paper's FID.
     classes = class_numbers(args.classes, config.get("classes", []), model.num_classes)
     grid = time_grid(steps, shift, args.t_end)

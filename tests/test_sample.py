@@ -440,7 +440,7 @@ def test_files_that_do_not_fit(work):
     for flags, words in (
         ("--decoder none.pt", ("--decoder none.pt: no such file",)),
         ("--flow none.pt", ("--flow none.pt: no such file",)),
-        ("--flow junk.pt", ("--flow junk.pt: not a file of weights",)),
+        ("--flow junk.pt", ("--flow junk.pt: not a flow checkpoint",)),
         ("--flow decoder.pt", ("--flow decoder.pt: not a flow checkpoint but rae-decoder/1",)),
         ("--flow bare-dit.pt", ("--flow bare-dit.pt: not a flow checkpoint",)),
         ("--decoder junk.pt", ("--decoder junk.pt",)),
