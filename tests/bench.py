@@ -44,7 +44,6 @@ import fid  # noqa: E402
 import flow_train  # noqa: E402
 import rae_decoder_train  # noqa: E402
 import rae_encoder  # noqa: E402
-import sample  # noqa: E402
 
 LATENT = (768, 16, 16)  # of DINOv2-B at 256 px
 CLASSES = 1000
@@ -200,24 +199,6 @@ def bench_encoder(table, quick, precision):
     for used in sorted({precision, "fp32"}):
         part = f"encoder DINOv2-B batch {len(images)} {used}"
         table.add(part, forward(partial(encoder, images), used), len(images), used)
-
-
-def bench_sampler(table, quick, precision):
-    """CFG in half of the steps doubles the network's work there: 1.5 times the time is no loss."""
-    model = dit_dh.build("DiT-DH-S", LATENT, CLASSES).to(DEVICE).eval()
-    grid = sample.time_grid(4, 1.0)  # t = 1, 3/4, 1/2, 1/4, 0
-    noise, _, y = flow_inputs(2)
-
-    def latents(scale):
-        def velocity(x, t):
-            return sample.guided_velocity(model, x, t, y, scale=scale, interval=(0, 0.6))
-
-        return sample.sample_latents(velocity, noise, grid)
-
-    part = f"sampler, 4 steps, unguided, {precision}"
-    plain = table.add(part, forward(partial(latents, 1), precision), 2, precision)
-    doubled = table.add("  with CFG in 2 of them", forward(partial(latents, 1.5), precision), 2, precision)
-    table.note("  times unguided", doubled / plain)
 
 
 def bench_inception(table, quick, precision):
@@ -384,12 +365,6 @@ def most_bytes():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def in_a_process(function, *args):
-    """function(*args), in a new process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def images_within(capacity, floor, fixed, each):
     """The largest power of two of images that fit, since batches are powers of two; 0 where none does."""
     number = 1
@@ -441,12 +416,13 @@ def bench_memory(table, quick, precision):
 
 def bench_memory_error(table, quick, precision):
     """By name alone: the count of bench_memory beside a process that really trains, on a CPU."""
-    rae_encoder.keep_freed_memory(torch.device("cpu"))
     for build, name in ((flow_step, "DiT-DH-S"), (decoder_step, "ViT-S")):
         for batch in (2,) if quick else (2, 6):
             case = (build, name, batch, 256, False, "fp32")
             counted, _ = fake_peak(*case)
-            real = in_a_process(real_peak, *case)
+            # A new process has its memory for itself.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                real = pool.submit(real_peak, *case).result()
             table.note(f"{name} batch {batch} fp32: counted, GB", counted / 1e9)
             table.note("  process, GB", real / 1e9)
             table.note("  counted / process", counted / real)

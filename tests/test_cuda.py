@@ -56,7 +56,7 @@ def small_decoder():
 
 
 def batch(num=4):
-    return torch.randn(num, *LATENT), torch.arange(num) % 10
+    return torch.randn(num, *LATENT), torch.arange(num)
 
 
 def adamw(network, lr):
@@ -108,32 +108,6 @@ def test_train_steps_learn(precision):
         assert finite and terms["loss"].is_cuda
         losses.append(terms["loss"].item())
     assert losses[0] > 8 and losses[-1] < 4
-
-
-def test_accumulation_and_checkpointing_change_nothing():
-    x, y = (value.to(GPU) for value in batch(8))
-    grads = []
-    for accum, recompute in ((1, False), (4, False), (2, True)):
-        torch.manual_seed(1)
-        network = small_dit().to(GPU).eval()
-        network.checkpoint_activations = recompute
-        torch.manual_seed(2)
-        optimizer = adamw(network, 0)
-        with exact_fp32():
-            flow_train.train_step(network, optimizer, x, y, **FLOW | {"accum": accum})
-        trained = [weight for weight in network.parameters() if weight.requires_grad]
-        grads.append(torch.cat([weight.grad.flatten() for weight in trained]))
-    assert close(grads[1], grads[0]) and close(grads[2], grads[0])
-
-
-def test_a_step_that_is_not_finite_changes_nothing():
-    network = small_dit().to(GPU)
-    before = copy.deepcopy(network.state_dict())
-    x, y = (value.to(GPU) for value in batch())
-    x[0] = torch.inf
-    _, finite = flow_train.train_step(network, adamw(network, 1e-3), x, y, **FLOW)
-    assert not finite
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_fused_adamw_goes_on_from_a_file(tmp_path):
@@ -230,13 +204,10 @@ def test_decoder_step_in_bf16():
 def test_pinned_loading_gives_the_images_of_the_cpu(folder, workers):
     data = rae_encoder.ImageData("data/demo", 32, "flip")
     order = rae_encoder.even_order(len(data), 22, 8)
-    for device in (CPU, GPU):
-        batches = list(rae_encoder.load_images(data, order, device, workers))
-        assert all(x.device == device and y.device == device for x, y in batches)
-        loaded = torch.cat([x.cpu() for x, _ in batches]), torch.cat([y.cpu() for _, y in batches])
-        if device == CPU:
-            expected = loaded
-    assert torch.equal(loaded[0], expected[0]) and torch.equal(loaded[1], expected[1])
+    expected, loaded = (list(rae_encoder.load_images(data, order, device, workers)) for device in (CPU, GPU))
+    for (x, y), (x_gpu, y_gpu) in zip(expected, loaded, strict=True):
+        assert x_gpu.is_cuda and torch.equal(x_gpu.cpu(), x)
+        assert y_gpu.is_cuda and torch.equal(y_gpu.cpu(), y)
 
 
 def test_statistics_are_those_of_the_cpu(folder):

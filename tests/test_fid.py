@@ -117,22 +117,18 @@ def weights():
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """(a file of weights, what made the features of its network)."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(weights(), path)
-    network = fid.Inception()
-    network.load_state_dict(weights())
-    return str(path), f"inception {digest(network)}"
+    return str(path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["adm", "pytorch-fid", "clean"])
 def test_numbers_of_the_programs_it_replaces(place, inception, capsys, protocol):
     expected, first_features = PEERS[protocol]
-    network, made_by = fid.load_network(None, protocol, inception[0])
-    assert made_by == f"{protocol} {inception[1]}"
-    # Batch norms are folded into convolutions.
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    network, made_by = fid.load_network(None, protocol, inception)
+    assert made_by.startswith(f"{protocol} inception ")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())  # all folded
     sets = [fid.ImageSet(str(place / name)) for name in "ab"]
     a, b = (fid.extract(source, network, 8, 0, torch.device("cpu")) for source in sets)
     first = sets[0].items.index(str(place / "a/0/00.png"))
@@ -363,7 +359,6 @@ def test_listing_of_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "listdir", refuse)
     for path, reason in {
-        "missing": "No such file or directory: 'missing'",
         "x/9.jpg": "Not a directory: 'x/9.jpg'",
         "x": "Permission denied: 'x/a'",
         "x/empty": "0 images (.png .jpg .jpeg .webp .bmp), at least 4 are needed",
@@ -405,10 +400,9 @@ def test_main_joins_images_and_formulas(place, capsys, colours):
 
     # Without --json a line has a metric, which can be asked for in any case.
     fid.main([str(place / "a"), "--ref", str(place / "b"), "--metrics", "FID,Is"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {name: float(value) for name, value in lines} == pytest.approx(
-        {"fid": expected["fid"], "is": expected["is"]}, rel=1e-5
-    )
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert lines.keys() == {"fid", "is"}
+    assert [float(lines[key]) for key in lines] == pytest.approx([expected[key] for key in lines], rel=1e-5)
 
 
 # Statistics
@@ -814,7 +808,7 @@ def bad(place):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("nowhere --ref a", "nowhere: "),
+        ("nowhere --ref a", "nowhere: \"[Errno 2] No such file or directory: 'nowhere'"),
         ("a --ref nowhere.npz", "nowhere.npz: "),
         ("nowhere --ref imagenet256", "nowhere: "),
         ("one --ref a", "one: 1 images"),
@@ -835,8 +829,6 @@ def bad(place):
         ("a --save-stats x", "argument --save-stats: x: expected a new .npz"),
         ("a --save-stats whole.npz", "argument --save-stats: whole.npz: expected a new .npz"),
         ("a --ref b --num 0", "argument --num: expected a whole number from 1, got 0; --help lists the"),
-        ("a --ref b --batch-size 1.5", "argument --batch-size: invalid positive_int value: '1.5'"),
-        ("a --ref b --workers -1", "argument --workers: expected a whole number from 0, got -1"),
         ("a --ref b --device cpux", "argument --device: cpux: no such device on this machine"),
         ("a --ref b --metric fid", "unrecognized arguments: --metric fid"),
         ("a --ref b --features-weights x.pth", "--features-weights needs --features"),
