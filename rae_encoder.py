@@ -487,6 +487,7 @@ def main(argv=None):
 
     # One pass over the images and their mirrors, shared by the ranks
     order = even_order(len(data), len(data), max(1, args.batch_size // world), rank, world)
+    # --no-flip leaves the mirrors out, which stage 2 then does not see.
     views = encode_views(encoder, data, order, args.workers, args.flip)
     progress = tqdm(views, "latent statistics", len(order), disable=rank > 0)
     mean, var = latent_statistics(z for z, _ in progress)
@@ -743,6 +744,7 @@ def choose_device(name=None, local_rank=0):
 
     Raises SystemExit where this machine has no such device, or too few for its ranks.
     """
+    # mps and xpu are taken only by name: the released recipes ran on CUDA.
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     # The CPU is one device for all ranks.
     if name == "cpu":
@@ -750,7 +752,10 @@ def choose_device(name=None, local_rank=0):
     # torchrun starts as many processes as it is told.
     devices = torch.get_device_module(name).device_count()
     if local_rank >= devices:
-        raise SystemExit(f"--device {name}: {devices} for more processes; --nproc_per_node, or --device cpu")
+        raise SystemExit(
+            f"--device {name}: this torch has {devices}, fewer than processes; --nproc_per_node, or "
+            "--device cpu"
+        )
     torch.accelerator.set_device_index(local_rank)
     return torch.device(name, local_rank)
 
@@ -878,6 +883,7 @@ def obey_parent(_worker):
 
 def run(main):
     """Run main(); an error of a file or a disk ends in one line, and Ctrl-C as well, with 130."""
+    # PyTorch's and Python's other errors keep their traceback: they are mistakes of the code.
     try:
         main()
         leave_ranks()

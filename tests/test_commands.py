@@ -361,39 +361,6 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(folder, monkeypatch,
     assert all(torch.isfinite(value).all() for value in last["ema"].values())
 
 
-# Disks and files
-
-
-def fill_disk():
-    """No file that is to be renamed can be written any more."""
-
-    def open_full(path, *mode, **options):
-        if path.endswith(".tmp"):
-            os.symlink("/dev/full", path)
-        return open(path, *mode, **options)
-
-    rae_encoder.open = open_full
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint(folder):
-    end_ranks(start(flow_train, "run", "--steps", 2))
-    last = Path("runs/run/last.pt")
-    whole = last.read_bytes()
-    end_ranks(start(flow_train, "run", "--steps", 4, before=(fill_disk,)), 1)
-    full = "[Errno 28] No space left on device"
-    assert f"runs/run/last.pt: can't be written ({full})" in Path("stderr-0").read_text()
-    assert not list(Path("runs/run").glob("*.tmp"))
-
-    log = Path("runs/run/metrics.jsonl")
-    log.unlink()
-    log.symlink_to("/dev/full")
-    assert end_ranks(start(flow_train, "run", "--steps", 4), 1)[-1] == full
-    assert last.read_bytes() == whole
-    log.unlink()
-    end_ranks(start(flow_train, "run", "--steps", 4))
-
-
 # Folders and flags that don't fit
 
 
