@@ -380,7 +380,7 @@ def initialise(network, config, path):
 
     For other classes only "no class" is taken of the labels. Raises SystemExit for other latents or sizes.
     """
-    released = dit_dh.load(path, "--init")
+    released = dit_dh.load(rae_encoder.local_file(path, "--init"), "--init")
     source = released.config
     keys = (*rae_encoder.LATENTS, "image_size", "sizes", "prediction", "base_depth")
     check_same(config, "this run", source, f"--init {path}", keys)

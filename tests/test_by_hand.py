@@ -586,47 +586,39 @@ def assert_images(folder, expected):
     assert abs(images - expected).max() <= 1 and (images != expected).mean() < 0.01
 
 
+PART = "--guidance-interval 0.4 0.8"
+BARE = "--decoder bare.pt --encoder test_vit"
+
+
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ("-n 4", {}),
+        ("", {}),
         ("-n 5 --seed 3 --steps 3 --batch-size 2", {"number": 5, "seed": 3, "steps": 3}),
-        ("-n 4 --steps 4 --shift 3 --t-end 0.1", {"steps": 4, "shift": 3.0, "t_end": 0.1}),
-        ("-n 4 --steps 3 --solver heun --classes b,0", {"steps": 3, "solver": "heun", "classes": (2, 0)}),
-        (
-            "-n 4 --steps 5 --cfg 1.7 --guidance-interval 0.4 0.8",
-            {"steps": 5, "scale": 1.7, "interval": (0.4, 0.8)},
-        ),
-        (
-            "-n 4 --steps 5 --cfg 1.5 --autoguide weak.pt --guidance-interval 0.4 0.8",
-            {"steps": 5, "scale": 1.5, "weak": "weak.pt", "interval": (0.4, 0.8)},
-        ),
-        (
-            "-n 4 --steps 5 --internal-guidance 1.78 --guidance-interval 0.4 0.8",
-            {"steps": 5, "internal": 1.78, "interval": (0.4, 0.8)},
-        ),
-        (
-            "-n 4 --steps 4 --internal-guidance 1.3 --cfg 1.6",
-            {"steps": 4, "internal": 1.3, "scale": 1.6},
-        ),
-        ("-n 4 --steps 4 --stats stats.pt", {"steps": 4, "stats": "stats.pt"}),
-        ("-n 4 --steps 4 --decoder bare.pt --encoder test_vit", {"steps": 4}),
-        (
-            "-n 4 --steps 4 --decoder bare.pt --encoder test_vit --raw-pixels",
-            {"steps": 4, "pixels": (0.0, 1.0)},
-        ),
-        ("-n 4 --steps 4 --precision bf16", {"steps": 4, "bf16": True}),
+        ("--shift 3 --t-end 0.1", {"shift": 3.0, "t_end": 0.1}),
+        ("--solver heun --classes b,0", {"solver": "heun", "classes": (2, 0)}),
+        (f"--cfg 1.7 {PART}", {"scale": 1.7, "interval": (0.4, 0.8)}),
+        (f"--cfg 1.5 --autoguide weak.pt {PART}", {"scale": 1.5, "weak": "weak.pt", "interval": (0.4, 0.8)}),
+        (f"--internal-guidance 1.78 {PART}", {"internal": 1.78, "interval": (0.4, 0.8)}),
+        ("--internal-guidance 1.3 --cfg 1.6", {"internal": 1.3, "scale": 1.6}),
+        ("--stats stats.pt", {"stats": "stats.pt"}),
+        (BARE, {}),
+        (f"{BARE} --raw-pixels", {"pixels": (0.0, 1.0)}),
+        ("--precision bf16", {"bf16": True}),
     ],
 )
 def test_samples_by_hand(trained, tmp_path, monkeypatch, flags, options):
-    """Each flag of sample.py reaches the pixels."""
+    """Each flag of sample.py reaches the pixels, in five steps where it says no other number."""
+    if flags and "steps" not in options:
+        flags += " --steps 5"
+        options = options | {"steps": 5}
     expected = samples_by_hand(**options)
     # Without any one of the flags the images would be others.
     for other in options.keys() - {"number"}:
         rest = {name: value for name, value in options.items() if name != other}
         assert (samples_by_hand(**rest) != expected).mean() > 0.05, other
     precision = "" if "bf16" in options else "--precision fp32"
-    files = "--flow flow.pt --decoder decoder.pt"
+    files = "--flow flow.pt --decoder decoder.pt -n 4"
     sample.main(f"{files} --out {tmp_path}/out --device cpu --workers 0 {precision} {flags}".split())
     assert_images(tmp_path / "out", expected)
 
@@ -645,13 +637,7 @@ def test_fifty_steps_by_default(trained, tmp_path, monkeypatch):
     [
         ("--decoder decoder.pt", None, 22, 0.0, 0),
         ("--decoder decoder.pt -n 5 --latent-noise 0.5 --seed 3", None, 5, 0.5, 3),
-        (
-            "--decoder bare.pt --encoder test_vit --encoder-weights random --layers 1,3 -n 5",
-            [1, 3],
-            5,
-            0.0,
-            0,
-        ),
+        (f"{BARE} --encoder-weights random --layers 1,3 -n 5", [1, 3], 5, 0.0, 0),
     ],
 )
 def test_reconstructions_by_hand(trained, tmp_path, capsys, flags, layers, number, sigma, seed):
@@ -675,72 +661,44 @@ def test_reconstructions_by_hand(trained, tmp_path, capsys, flags, layers, numbe
 
 # The recipes, as the papers and the released configurations have them
 
-BOTH_STAGES = {
-    "encoder": "dinov2-base",
-    "encoder_size": None,
-    "patch_size": 16,
-    "layers": "last",
-    "steps": None,
-    "lr": 2e-4,
-    "final_lr": 2e-5,
-}
-STAGE_2 = BOTH_STAGES | {
-    "model": "DiT-DH-XL",
-    "prediction": "v",
-    "base_depth": None,
-    "time_dist": "logit-normal",
-    "shift": None,
-    "flip": True,
-    "stats_images": 50_000,
-    "batch_size": 1024,
-    "epochs": 1400,
-    "hold_epochs": 40,
-    "decay_epochs": 800,
-    "clip": 1.0,
-    "ema": 0.9995,
-}
-STAGE_1 = BOTH_STAGES | {
-    "decoder": "ViT-XL",
-    "raw_pixels": False,
-    "noise_tau": 0.8,
-    "noise_law": "uniform",
-    "lpips_weight": 1.0,
-    "lpips_weights": "hub",
-    "gan_weight": 0.75,
-    "disc_weights": None,
-    "disc_start": 6,
-    "gan_start": 8,
-    "batch_size": 512,
-    "epochs": 16,
-    "warmup_epochs": 1,
-    "ema": 0.9978,
-}
+BOTH = "encoder dinov2-base encoder_size None patch_size 16 layers last steps None lr 0.0002 final_lr 2e-05"
+STAGE_2 = """model DiT-DH-XL prediction v base_depth None time_dist logit-normal shift None flip True clip 1.0
+    stats_images 50000 batch_size 1024 epochs 1400 hold_epochs 40 decay_epochs 800 ema 0.9995"""
+STAGE_1 = """decoder ViT-XL raw_pixels False noise_tau 0.8 noise_law uniform lpips_weight 1.0 gan_weight 0.75
+    lpips_weights hub disc_weights None disc_start 6 gan_start 8 batch_size 512 epochs 16 warmup_epochs 1
+    ema 0.9978"""
 # Singh et al. 2026: seven layers of DINOv3-L, x-prediction with a base after block 8, 80 epochs
-RAEV2 = {"encoder": "dinov3-large", "layers": [11, 13, 15, 17, 19, 21, 23]}
-RAEV2_STAGE_2 = {"prediction": "x", "base_depth": 8, "epochs": 80, "hold_epochs": 25, "decay_epochs": 50}
+RAEV2 = {"encoder": "dinov3-large", "layers": "[11, 13, 15, 17, 19, 21, 23]"}
+RAEV2_STAGE_2 = {
+    "prediction": "x",
+    "base_depth": "8",
+    "epochs": "80",
+    "hold_epochs": "25",
+    "decay_epochs": "50",
+}
 
 
 @pytest.mark.parametrize(
-    ("script", "preset", "size", "recipe"),
+    ("script", "preset", "size", "changes", "epochs"),
     [
-        (flow_train, "imagenet256", 256, STAGE_2),
-        (flow_train, "imagenet512", 512, STAGE_2),
-        (flow_train, "raev2", 256, STAGE_2 | RAEV2 | RAEV2_STAGE_2),
-        (rae_decoder_train, "imagenet256", 256, STAGE_1),
-        (rae_decoder_train, "imagenet512", 512, STAGE_1),
-        (rae_decoder_train, "raev2", 256, STAGE_1 | RAEV2 | {"raw_pixels": True}),
+        # 1,281,167 images are 1,251 batches of 1,024, and 2,502 of 512.
+        (flow_train, "imagenet256", 256, {}, (1400, 40, 800)),
+        (flow_train, "imagenet512", 512, {}, (1400, 40, 800)),
+        (flow_train, "raev2", 256, RAEV2 | RAEV2_STAGE_2, (80, 25, 50)),
+        (rae_decoder_train, "imagenet256", 256, {}, (16, 1, 6, 8)),
+        (rae_decoder_train, "imagenet512", 512, {}, (16, 1, 6, 8)),
+        (rae_decoder_train, "raev2", 256, RAEV2 | {"raw_pixels": "True"}, (16, 1, 6, 8)),
     ],
 )
-def test_the_recipes_of_training(script, preset, size, recipe):
+def test_the_recipes_of_training(script, preset, size, changes, epochs):
     args = script.parse_args(["--preset", preset, "--data", "x"])
-    assert {name: getattr(args, name) for name in recipe} == recipe and args.image_size == size
-    # 1,281,167 images are 1,251 batches of 1,024, and 2,502 of 512.
+    words = f"{BOTH} {STAGE_2 if script is flow_train else STAGE_1}".split()
+    recipe = dict(zip(words[::2], words[1::2], strict=True)) | changes
+    assert {name: str(getattr(args, name)) for name in recipe} == recipe and args.image_size == size
     schedule = script.schedule(args, 1_281_167, world=8)
-    if script is flow_train:
-        assert schedule == tuple(1251 * recipe[name] for name in ("epochs", "hold_epochs", "decay_epochs"))
-    else:
-        assert schedule == tuple(2502 * epochs for epochs in (16, 1, 6, 8))
-    assert rae_encoder.ema_decay(args, schedule[0]) == recipe["ema"]
+    batches = 1251 if script is flow_train else 2502
+    assert schedule == tuple(batches * number for number in epochs)
+    assert rae_encoder.ema_decay(args, schedule[0]) == args.ema
 
 
 def heads_of(network, *inputs):
@@ -758,52 +716,33 @@ def heads_of(network, *inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "depth", "heads", "mlp"),
+    ("size", "width", "depth", "heads", "mlp"),
     [
-        ("ViT-S", 384, 12, 6, 1536),
-        ("ViT-B", 768, 12, 12, 3072),
-        ("ViT-L", 1024, 24, 16, 4096),
-        ("ViT-XL", 1152, 28, 16, 4096),
+        ("S", 384, 12, 6, 1536),
+        ("B", 768, 12, 12, 3072),
+        ("L", 1024, 24, 16, 4096),
+        ("XL", 1152, 28, 16, 4096),
     ],
 )
-def test_sizes_of_the_decoders(name, width, depth, heads, mlp):
-    # A change of heads changes no shape: a released file would load and decode wrongly.
+def test_sizes_of_the_networks(size, width, depth, heads, mlp):
+    """A change of heads changes no shape: a released file would load and compute wrongly."""
     with torch.device("meta"):
-        decoder = rae_decoder_train.Decoder(name, 768, 16, 16, mean=[0.5] * 3, std=[0.5] * 3)
-        calls = heads_of(decoder, torch.empty(2, 768, 16, 16))
-    state = decoder.state_dict()
-    assert calls == [heads] * depth
-    assert state["decoder_layers.0.intermediate.dense.weight"].shape == (mlp, width)
-    assert state["decoder_pred.weight"].shape == (16 * 16 * 3, width)
-
-
-@pytest.mark.parametrize(
-    ("size", "width", "depth", "heads"),
-    [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
-)
-@pytest.mark.parametrize("family", ["DiT", "DiT-DH"])
-def test_sizes_of_the_velocity_networks(family, size, width, depth, heads):
-    with torch.device("meta"):
-        network = dit_dh.build(f"{family}-{size}", (768, 16, 16), 1000).eval()
-        inputs = torch.empty(2, 768, 16, 16), torch.empty(2), torch.zeros(2, dtype=torch.int64)
-        calls = heads_of(network, *inputs)
-    blocks = [block.norm1.weight.shape[0] for block in network.blocks]
-    head = 2 if family == "DiT-DH" else 0
-    assert blocks == [width] * depth + [2048] * head
-    assert calls == [heads] * depth + [16] * head
+        z = torch.empty(2, 768, 16, 16)
+        decoder = rae_decoder_train.Decoder(f"ViT-{size}", 768, 16, 16, mean=[0.5] * 3, std=[0.5] * 3)
+        assert heads_of(decoder, z) == [heads] * depth
+        assert decoder.decoder_layers[0].intermediate["dense"].weight.shape == (mlp, width)
+        assert decoder.decoder_pred.weight.shape == (16 * 16 * 3, width)
+        for family, head in (("DiT", 0), ("DiT-DH", 2)):
+            network = dit_dh.build(f"{family}-{size}", (768, 16, 16), 1000).eval()
+            assert [len(block.norm1.weight) for block in network.blocks] == [width] * depth + [2048] * head
+            calls = heads_of(network, z, torch.empty(2), torch.zeros(2, dtype=torch.int64))
+            assert calls == [heads] * depth + [16] * head
 
 
 def test_the_recipes_of_sampling():
-    """The released files, 50,000 images for FID, and the paper's scales of AutoGuidance."""
-    for size, scale in ((256, 1.42), (512, 1.5)):
-        preset = ["--preset", f"imagenet{size}"]
-        args = sample.parse_args(preset)
-        assert args.flow.startswith(
-            f"hub:nyu-visionx/RAE-collections/DiTs/Dinov2/wReg_base/ImageNet{size}/DiTDH-XL"
-        )
-        suffix = "" if size == 256 else "_i512"
-        decoder = f"hub:nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08{suffix}/model.pt"
-        assert args.decoder == decoder and args.num == 50_000 and args.cfg is None and args.steps is None
-        assert sample.parse_args([*preset, "--autoguide"]).cfg == scale
-    args = sample.parse_args(["--preset", "raev2"])
-    assert args.raw_pixels and args.layers == RAEV2["layers"] and args.num == 50_000
+    """50,000 images for FID; files and the scales of AutoGuidance are in test_hub.py."""
+    for preset in ("imagenet256", "imagenet512", "raev2"):
+        args = sample.parse_args(["--preset", preset])
+        assert args.num == 50_000 and args.cfg is None and args.steps is None
+        raev2 = preset == "raev2"
+        assert args.raw_pixels == raev2 and str(args.layers) == (RAEV2["layers"] if raev2 else "None")

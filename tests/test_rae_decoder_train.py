@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 
-import lpips
 import numpy as np
 import pytest
 import timm
@@ -117,19 +116,11 @@ def test_another_token_grid_is_interpolated():
     assert decoder(z).shape == (1, 3, 24, 24)
 
 
-def test_recomputed_activations_give_the_same_gradients():
-    z = torch.randn(2, 6, 3, 3)
-    found = []
-    for recomputes in (False, True):
-        decoder = random_decoder()
-        decoder.checkpoint_activations = recomputes
-        decoder(z).square().mean().backward()
-        found.append(gradients(decoder))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
-def test_the_blocks_compile_once_and_in_one_graph():
+def test_recomputed_and_compiled_gradients_are_the_same():
+    """Blocks compile once and in one graph."""
     torch._dynamo.reset()
+    images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
+    found = []
     for recomputes in (False, True):
         decoder = random_decoder().train()
         decoder.checkpoint_activations = recomputes
@@ -137,8 +128,10 @@ def test_the_blocks_compile_once_and_in_one_graph():
             block.compile(backend="eager", fullgraph=True)  # an error at a graph break
         for repeat in range(3):
             with torch._dynamo.config.patch(error_on_recompile=repeat > 0):
-                images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
+                torch.manual_seed(1)
                 step(decoder, images, z, squared, accum=2, precision="bf16")
+        found.append(gradients(decoder))
+    assert equal(*found)
 
 
 # Released files
@@ -227,18 +220,14 @@ def quick_vgg(monkeypatch):
     monkeypatch.setattr(torchvision.models, "vgg16", vgg16)
 
 
-def test_lpips_is_the_packages_own(quick_vgg):
-    torch.manual_seed(5)
-    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    outside = torch.get_rng_state()
-    network = rae_decoder_train.perceptual_loss("random")
-    assert torch.equal(torch.get_rng_state(), outside)
-
-    # Untrained weights are those of seed 0, whatever was drawn before.
-    torch.manual_seed(0)
-    expected = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    assert torch.allclose(network(x, y), expected(x, y), rtol=1e-4) and network(x, x).eq(0).all()
-    assert not any(p.requires_grad for p in network.parameters())
+def test_an_untrained_lpips_is_the_same_in_every_run(quick_vgg):
+    states = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        outside = torch.get_rng_state()
+        states.append(rae_decoder_train.perceptual_loss("random").state_dict())
+        assert torch.equal(torch.get_rng_state(), outside)
+    assert equal(*map(dict, states))
 
 
 PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions
@@ -280,13 +269,8 @@ def test_lpips_takes_torchvisions_file_from_the_cache(cache, vgg_file):
             assert torch.equal(module.bias, state[f"features.{place}.bias"])
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("hacked",)
-
-
 def test_a_vgg_that_cannot_be_had_ends_in_one_line(cache, vgg_file, monkeypatch):
-    """A cut file in the cache, one with code in it, no network, a file with another hash."""
+    """A cut file in the cache, no network, a file with another hash."""
     path = vgg_file[1]
 
     def refused(reason):
@@ -298,10 +282,6 @@ def test_a_vgg_that_cannot_be_had_ends_in_one_line(cache, vgg_file, monkeypatch)
     for length in (-1, 1000, 0):
         cache.write_bytes(path.read_bytes()[:length])
         refused("")
-    for zipped in (False, True):
-        torch.save({"features.0.weight": Malicious()}, cache, _use_new_zipfile_serialization=zipped)
-        refused("Weights only load failed")
-        assert not Path("hacked").exists()
     cache.unlink()
 
     def offline(*_args, **_kwargs):
@@ -363,31 +343,20 @@ def test_augmentation_agrees_with_a_naive_one():
     assert torch.equal(drawn, diff_augment(x, torch.rand(40, 5)))
 
 
-def dino(monkeypatch, **sizes):
-    """DINO's ViT, 12 blocks, but 12 channels wide."""
+@pytest.fixture
+def small_dino(monkeypatch):
+    """DINO's ViT, 12 blocks, but 12 channels wide, and 49 tokens for 784."""
 
     def load_vit(name, weights, *flag):
         if "dino" not in name:
             return original(name, weights, *flag)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            options = {"num_classes": 0, "embed_dim": 12, "num_heads": 2} | sizes
-            return timm.create_model(name, pretrained=False, **options).eval()
+            sizes = {"patch_size": 32, "embed_dim": 12, "num_heads": 2}
+            return timm.create_model(name, pretrained=False, num_classes=0, **sizes).eval()
 
     original = rae_encoder.load_vit
     monkeypatch.setattr(rae_encoder, "load_vit", load_vit)
-
-
-@pytest.fixture
-def small_dino(monkeypatch):
-    """DINO with its 784 tokens."""
-    dino(monkeypatch)
-
-
-@pytest.fixture
-def tiny_dino(monkeypatch):
-    """DINO with 49 tokens, for what takes many steps."""
-    dino(monkeypatch, patch_size=32)
 
 
 def test_discriminator_has_the_released_structure(small_dino):
@@ -395,7 +364,7 @@ def test_discriminator_has_the_released_structure(small_dino):
     disc = rae_decoder_train.Discriminator("random").eval()
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     logits = disc(x)
-    assert logits.shape == (3, 5 * 784)
+    assert logits.shape == (3, 5 * 49)
     assert torch.allclose(logits, torch.cat([disc(image[None]) for image in x]), atol=1e-4)
 
     # The tokens after each block
@@ -421,33 +390,25 @@ def test_discriminator_has_the_released_structure(small_dino):
             h = outputs[-1]
         mixed = (outputs[1] + outputs[0]) / 2**0.5
         expected = torch.nn.functional.conv1d(mixed, last.weight, last.bias).flatten(1)
-        assert torch.allclose(logits[:, head * 784 : (head + 1) * 784], expected, atol=1e-4), head
+        assert torch.allclose(logits[:, head * 49 : (head + 1) * 49], expected, atol=1e-4), head
         assert [layer[0].kernel_size for layer in (first, second)] == [(1,), (9,)]
     assert {name.split(".")[0] for name, p in disc.named_parameters() if p.requires_grad} == {"heads"}
 
 
-def test_spectral_norm_is_near_one_and_iterates_once_a_step(tiny_dino):
+def test_spectral_norm_iterates_once_a_step_in_fp32(small_dino):
     disc, decoder = rae_decoder_train.Discriminator("random").eval(), random_decoder()
     images, z = torch.rand(4, 3, 12, 12), torch.randn(4, 6, 3, 3)
-    buffers = []
+    found = []
     for accum in (1, 2):
         twin = copy.deepcopy(disc)
         torch.manual_seed(0)
         rae_decoder_train.disc_step(twin, sgd(twin.heads), images, z, decoder, accum, "bf16")
-        buffers.append({name: buffer.clone() for name, buffer in twin.heads.named_buffers()})
+        found.append({name: buffer.clone() for name, buffer in twin.heads.named_buffers()})
         step(decoder, images, z, disc=twin, accum=accum, precision="bf16")
-        assert all(torch.equal(v, buffers[-1][n]) for n, v in twin.heads.named_buffers())
-    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
-    assert any(not torch.equal(v, buffers[0][name]) for name, v in disc.heads.named_buffers())
+        assert equal(found[-1], dict(twin.heads.named_buffers()))
+    assert equal(*found) and not equal(found[0], dict(disc.heads.named_buffers())) and len(found[0]) == 30
     with torch.autocast("cpu", torch.bfloat16):
         assert disc(images).dtype == torch.float32  # the heads, whose power iteration would suffer
-    disc.heads.train()
-    convolutions = [module for module in disc.heads.modules() if isinstance(module, torch.nn.Conv1d)]
-    assert len(convolutions) == 15
-    for _ in range(50):
-        weights = [convolution.weight for convolution in convolutions]
-    for weight in weights:
-        assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
 # One step of the decoder
@@ -838,8 +799,6 @@ RAW = {"mean": [0.0] * 3, "std": [1.0] * 3}
 @pytest.mark.parametrize(
     ("file", "pixels", "flags"),
     [
-        ("checkpoint", {}, []),
-        ("checkpoint", RAW, []),
         ("checkpoint", {"mean": [0.1, 0.2, 0.3], "std": [2.0, 3.0, 4.0]}, []),
         ("bare", {}, []),
         ("bare", RAW, ["--raw-pixels"]),
@@ -874,7 +833,9 @@ ADVERSARIES = "--gan-weight 0.75 --disc-weights random --disc-start 0 --gan-star
 
 
 @pytest.mark.slow
-def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(folder, tiny_dino, monkeypatch, capsys):
+def test_a_discriminator_step_that_is_not_finite_is_counted_by_itself(
+    folder, small_dino, monkeypatch, capsys
+):
     """Decoder and EMA have moved by then, and their losses stay in the log."""
     disc_step = rae_decoder_train.disc_step
     count = itertools.count(1)
