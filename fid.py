@@ -213,7 +213,7 @@ class TimmFeatures(nn.Module):
 def extract(source, network, batch_size, workers, device):
     """Compute the features (N,D), fp32, of the images of an ImageSet. TF32 would move them by 1e-3.
 
-    Raises SystemExit at an image that can't be used.
+    Raises SystemExit at an image that can't be used, and for features that are not finite.
     """
     network.to(device)
     features = []
@@ -223,8 +223,12 @@ def extract(source, network, batch_size, workers, device):
         for i in tqdm(starts, source.path):
             images = threads.map(source.read, source.items[i : i + batch_size])
             batch = torch.stack(list(images)).to(device)  # uint8 (B,3,H,W)
-            features += [network(batch)]  # (B,D)
-    return torch.cat(features).cpu()
+            features += [network(batch).cpu()]  # (B,D)
+    features = torch.cat(features)
+    # Precision and recall of NaN would be 0, in silence.
+    if not features.isfinite().all():
+        raise SystemExit(f"{source.path}: its features are not finite; are the weights the network's?")
+    return features
 
 
 def evaluate(metrics, network, samples, reference=None):

@@ -231,8 +231,9 @@ def width(args):
     """4.1, theorem 1: DiTs narrower and wider than a token, fitted to one photograph."""
     base = decoder(args, "all")
     statistics = f"{args.out}/stats.pt"
-    number = str(scaled(args, 2000, 32))
-    rae_encoder.main([*encoder_flags(args, args.data), "-n", number, "--out", statistics])
+    photos = photographs(args, scaled(args, 2000, 32))
+    if not os.path.exists(statistics):
+        rae_encoder.main([*encoder_flags(args, photos), "--out", statistics])
     photograph = photographs(args, 1, copies=8)
     runs = {}
     pictures = [Image.open(next(Path(photograph).rglob("*.*"))).convert("RGB").resize((32, 32))]

@@ -461,6 +461,16 @@ def test_reference_batches_as_adms(place, capsys, tmp_path, colours):
     assert found["ref_num"] == 4 and found["fid"] > 0
 
 
+def test_features_that_are_not_finite(place, monkeypatch):
+    class Broken(Colours):
+        def forward(self, images):
+            return super().forward(images) * torch.tensor([1, 1, float("nan")])
+
+    monkeypatch.setattr(fid, "load_network", lambda *_: (Broken(), "adm inception 0"))
+    line = message(fid.main, [str(place / "a"), "--ref", str(place / "b"), "--workers=0"])
+    assert line == f"{place / 'a'}: its features are not finite; are the weights the network's?"
+
+
 def test_statistics_are_of_one_network(place, capsys, tmp_path, monkeypatch):
     """Those of an unknown maker, as ADM's, are of Inception and adm; a set has no distance from itself."""
     moments = {"mu": np.ones(3), "sigma": np.eye(3)}

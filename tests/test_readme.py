@@ -62,7 +62,7 @@ def known_flags():
     flags = set(OTHER_FLAGS)
     for name in set(SCRIPTS) - {"dit_dh"}:
         flags |= flags_of(importlib.import_module(name).parse_args)
-    for name in ("bench", "findings"):
+    for name in ("bench", "findings", "probe"):
         if (ROOT / "tests" / f"{name}.py").exists():
             flags |= flags_of(importlib.import_module(name).main, [])
     return flags
