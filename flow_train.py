@@ -259,7 +259,7 @@ def open_latents(args, start, config, encoder, data, rank, world):
 # The run
 
 
-@rae_encoder.restores_signals()
+@rae_encoder.keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)

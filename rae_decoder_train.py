@@ -433,7 +433,7 @@ def save_preview(folder, step, log, decoder, encoder, data):
 # The run
 
 
-@rae_encoder.restores_signals()
+@rae_encoder.keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = rae_encoder.set_up(args)

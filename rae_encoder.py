@@ -468,6 +468,24 @@ def load_images(data, order, device, workers=0):
 # The command
 
 
+@contextlib.contextmanager
+def keeps_process_settings():
+    """Decorator of a main() that a notebook may call: what it changes there is put back at its end."""
+    precision = torch.get_float32_matmul_precision()
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_flash_sdp(flash)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+@keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = set_up(args)
@@ -915,17 +933,6 @@ def plan_steps(images, args, world):
     # Images that do not fill a batch are left out of the epoch, other ones each time.
     steps_per_epoch = images // batch_size
     return steps_per_epoch, args.steps or max(1, round(args.epochs * steps_per_epoch))
-
-
-@contextlib.contextmanager
-def restores_signals():
-    """Decorator of a main() that a notebook may call: the notebook's own handlers are back at its end."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def catch_signals():

@@ -52,6 +52,7 @@ from rae_encoder import (
     explicit_flags,
     fingerprint,
     join_ranks,
+    keeps_process_settings,
     layer_list,
     leave_ranks,
     load_images,
@@ -326,6 +327,7 @@ def class_numbers(text, names, num_classes):
 # The command
 
 
+@keeps_process_settings()
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_ranks(args.device)

@@ -61,15 +61,9 @@ def kill_children(pid):
 
 @pytest.fixture(autouse=True)
 def process_settings():
-    """A main sets up its process, in which the next test is another program."""
-    precision = torch.get_float32_matmul_precision()
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *rae_encoder.STOP_SIGNALS)}
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """A part of a main sets up its process, in which the next test is another program."""
+    with rae_encoder.keeps_process_settings():
+        yield
 
 
 @pytest.fixture

@@ -392,9 +392,9 @@ def guidance(args):
     distances = {}
     for label, options in settings.items():
         name = "guidance-" + label.replace(" ", "-")
-        distances[label] = frechet(args, samples(args, name, strong, flags=options))
+        distances[label] = frechet(args, samples(args, name, strong, num=250, flags=options))
     figures = ", ".join(f"{label}: FD {distance:.0f}" for label, distance in distances.items())
-    return figures, min(distances, key=distances.get) != "CFG 1"
+    return f"of 250 samples, {figures}", min(distances, key=distances.get) != "CFG 1"
 
 
 ROWS = {

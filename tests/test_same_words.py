@@ -1,5 +1,6 @@
 """What several scripts hold in the same words stays the same: who has read one knows the others."""
 
+import ast
 import inspect
 import re
 
@@ -10,6 +11,7 @@ import fid
 import flow_train
 import rae_decoder_train
 import rae_encoder
+import sample
 
 FENCE = ("# ---- The plumbing of a training", "# ---- The end of the same words")
 TRAININGS = (rae_decoder_train, flow_train)
@@ -58,3 +60,25 @@ def test_files_are_taken_for_images_alike():
 def test_positions_are_embedded_alike():
     ours = inspect.getsource(rae_decoder_train.sincos_position)
     assert ours == inspect.getsource(dit_dh.sincos_position)
+
+
+# Which building blocks a script may import from which
+ARROWS = {
+    rae_encoder: set(),
+    rae_decoder_train: {"rae_encoder"},
+    dit_dh: set(),
+    flow_train: {"rae_encoder", "dit_dh"},
+    sample: {"rae_encoder", "dit_dh", "rae_decoder_train"},
+    fid: set(),
+}
+
+
+@pytest.mark.parametrize("script", ARROWS, ids=lambda script: script.__name__)
+def test_a_script_imports_no_other_than_these(script):
+    imported = set()
+    for node in ast.walk(ast.parse(inspect.getsource(script))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported & {script.__name__ for script in ARROWS} == ARROWS[script]

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
@@ -641,19 +642,29 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch, quiet, signals, ends):
     assert codes == ([130] if ends else [])
 
 
-@pytest.mark.parametrize("script", TRAININGS)
-def test_main_leaves_its_callers_signals_as_they_were(monkeypatch, quiet, script):
-    """Notebooks call main([...]), which may end in an error."""
-    before = [signal.getsignal(number) for number in rae_encoder.STOP_SIGNALS]
+def settings():
+    handlers = [signal.getsignal(number) for number in (signal.SIGCHLD, *rae_encoder.STOP_SIGNALS)]
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    return torch.get_float32_matmul_precision(), flash, handlers, list(warnings.filters)
+
+
+@pytest.mark.parametrize("script", [rae_encoder, *TRAININGS, sample])
+def test_main_leaves_its_caller_as_it_was(monkeypatch, quiet, script):
+    """Notebooks call main([...]): Ctrl-C, the precision and the attention of their own code stay."""
+    precision, flash, *_ = before = settings()
 
     def change(_argv=None):
+        torch.set_float32_matmul_precision("high" if precision == "highest" else "highest")
+        torch.backends.cuda.enable_flash_sdp(not flash)
         rae_encoder.catch_signals()
-        assert before != [signal.getsignal(number) for number in rae_encoder.STOP_SIGNALS]
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        warnings.filterwarnings("ignore", "no such warning")
+        assert not any(ours == theirs for ours, theirs in zip(settings(), before, strict=True))
         raise SystemExit("the end")
 
     monkeypatch.setattr(script, "parse_args", change)
     assert message(script.main, []) == "the end"
-    assert before == [signal.getsignal(number) for number in rae_encoder.STOP_SIGNALS]
+    assert settings() == before
 
 
 def test_run_turns_ctrl_c_and_errors_of_files_into_one_line(monkeypatch, capsys):
