@@ -662,7 +662,7 @@ def map_npz(path):
         file.seek(header + file.read(512).find(b"\x93NUMPY"))
         np.lib.format.read_magic(file)
         shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or transposed or shape[3:] != (3,):
+        if dtype != np.uint8 or transposed or shape[3:] != (3,) or 0 in shape:
             raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N,H,W,3)")
         return np.memmap(file, np.uint8, "r", file.tell(), shape)
 
