@@ -169,7 +169,8 @@ def test_killed_runs_end_with_the_same_bits(folder, script, world):
     """
     kills = int(os.environ.get("RAE_KILLS", 1))
     rng = np.random.default_rng(0)
-    steps = ["--steps", 20 + 10 * (kills - 1)]
+    # So many that a fast machine is still at work when the kill comes
+    steps = ["--steps", 100 + 10 * (kills - 1)]
     plain = []
     cached = []
     if script is flow_train:
