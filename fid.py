@@ -223,8 +223,8 @@ def extract(source, network, batch_size, workers, device):
         for i in tqdm(starts, source.path):
             images = threads.map(source.read, source.items[i : i + batch_size])
             batch = torch.stack(list(images)).to(device)  # uint8 (B,3,H,W)
-            features += [network(batch).cpu()]  # (B,D)
-    features = torch.cat(features)
+            features += [network(batch)]  # (B,D)
+    features = torch.cat(features).cpu()
     # Precision and recall of NaN would be 0, in silence.
     if not features.isfinite().all():
         raise SystemExit(f"{source.path}: its features are not finite; are the weights the network's?")
