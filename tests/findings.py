@@ -10,7 +10,6 @@ six scripts do all the work; pictures and curves lie beside the figures. Photogr
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import multiprocessing
@@ -126,16 +125,17 @@ def flow(args, name, decoder_path, steps, data=None, batch=32, *, flags):
             "DiT-mini" if flag == "DiT-S" else flag.replace("DiT-DH-XS", "DiT-DH-mini") for flag in flags
         ]
     out = f"{args.out}/flow-{name}"
+    steps = scaled(args, steps)
     # The decoder's checkpoint decides the encoder; its photographs are this flow's by default.
     images = ["--data", data] if data else []
     flow_train.main(
         [
             *("--decoder", decoder_path, *images, "--workers", args.workers, "--preview-every", "0"),
-            *("--batch-size", str(batch), "--steps", str(scaled(args, steps)), "--log-every", "20"),
+            *("--batch-size", str(batch), "--steps", str(steps), "--log-every", "20"),
             *("--save-every", "100", "--stats-images", str(scaled(args, 2000, 32)), "--out", out, *flags),
         ]
     )
-    return f"{out}/last.pt"
+    return finished(f"{out}/last.pt", steps)
 
 
 def output(function, argv):
@@ -172,6 +172,17 @@ def psnr(args, name, decoder_path, sigma):
     out = f"{args.out}/reconstructions-{name}-{sigma}"
     argv = ["--reconstruct", args.test, "--decoder", decoder_path, "--latent-noise", str(sigma), "--out", out]
     return json.loads(output(sample.main, [*argv, "-n", str(scaled(args, 200, 8))]))["psnr"]
+
+
+def judge(args, name, decoder_path):
+    """(PSNR of reconstructions, Fréchet distance of the shared flow's samples) of a decoder's latents."""
+    run = shared_flow(args, name, decoder_path)
+    return psnr(args, name, decoder_path, 0), frechet(args, samples(args, name, run))
+
+
+def both_figures(figures):
+    """A line of {label: (PSNR, Fréchet distance)}."""
+    return "; ".join(f"{label}: {decibel:.2f} dB, FD {fd:.0f}" for label, (decibel, fd) in figures.items())
 
 
 @torch.no_grad()
@@ -356,29 +367,19 @@ def head(args):
 
 def representation(args):
     """3: the trained ViT against the same network untrained, one recipe."""
-    figures = {}
-    for label, weights in (("trained", None), ("untrained", "random")):
-        path = decoder(args, "all" if label == "trained" else label, weights=weights)
-        name = "all" if label == "trained" else label
-        run = shared_flow(args, name, path)
-        figures[label] = (psnr(args, label, path, 0), frechet(args, samples(args, name, run)))
-    lines = [
-        f"{label}: {decibel:.2f} dB, FD {distance:.0f}" for label, (decibel, distance) in figures.items()
-    ]
-    return "; ".join(lines), figures["trained"][1] < figures["untrained"][1]
+    figures = {
+        "trained": judge(args, "all", decoder(args, "all")),
+        "untrained": judge(args, "untrained", decoder(args, "untrained", weights="random")),
+    }
+    return both_figures(figures), figures["trained"][1] < figures["untrained"][1]
 
 
 def layers(args):
     """RAEv2, 3: latents of the last layer against the mean of all but the first."""
     figures = {}
     for choice in ("last", "all"):
-        path = decoder(args, choice, layers=choice)
-        run = shared_flow(args, choice, path)
-        figures[choice] = (psnr(args, choice, path, 0), frechet(args, samples(args, choice, run)))
-    lines = [
-        f"{choice}: {decibel:.2f} dB, FD {distance:.0f}" for choice, (decibel, distance) in figures.items()
-    ]
-    return "; ".join(lines), figures["all"][0] > figures["last"][0]
+        figures[choice] = judge(args, choice, decoder(args, choice, layers=choice))
+    return both_figures(figures), figures["all"][0] > figures["last"][0]
 
 
 def guidance(args):
@@ -408,27 +409,28 @@ ROWS = {
 }
 
 
+def result_of(args, name):
+    """A row's {"figures", "came_out", "minutes"}: those in the row's file, else made and written there."""
+    path = Path(args.out, f"{name}.json")
+    if not path.exists():
+        started = time.time()
+        figures, came_out = ROWS[name](args)
+        result = {"figures": figures, "came_out": bool(came_out), "minutes": (time.time() - started) / 60}
+        rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(result).encode()))
+    return json.loads(path.read_text())
+
+
 def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
     print("| finding | here | there | direction | minutes |\n|---|---|---|---|---|", flush=True)
     for name in [args.only] if args.only else ROWS:
-        path = Path(args.out, f"{name}.json")
-        if not path.exists():
-            started = time.time()
-            figures, came_out = ROWS[name](args)
-            result = {"figures": figures, "came_out": bool(came_out), "minutes": (time.time() - started) / 60}
-            rae_encoder.write_file(str(path), functools.partial(write_json, result))
-        result = json.loads(path.read_text())
+        result = result_of(args, name)
         word = "came out" if result["came_out"] else "did not come out"
         print(
             f"| {name} | {result['figures']} | {REPLICATION[name]} | {word} | {result['minutes']:.0f} |",
             flush=True,
         )
-
-
-def write_json(result, file):
-    file.write(json.dumps(result).encode())
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -38,16 +36,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read(path):
-    return torch.from_numpy(np.array(rae_encoder.to_rgb(Image.open(path)))).movedim(2, 0)
-
-
 @torch.no_grad()
-def features_of(paths, network):
-    """Features (N,D) and pixels, uint8 (N,3,H,W), of images of one size."""
-    pixels = torch.stack([read(path) for path in paths])
-    features = [network(batch) for batch in tqdm(DataLoader(pixels, 50), str(Path(paths[0]).parent))]
-    return torch.cat(features), pixels
+def features_of(data, network):
+    """Features (N,D), pixels, uint8 (N,3,S,S), and class numbers (N,) of an ImageData."""
+    pixels, labels = zip(*(data[0, i] for i in range(len(data))), strict=True)
+    pixels = torch.stack(pixels)
+    features = [network(batch) for batch in tqdm(pixels.split(50), data.root)]
+    return torch.cat(features), pixels, torch.tensor(labels)
 
 
 def linear_probe(features, labels, decay=0.01):
@@ -72,19 +67,17 @@ def linear_probe(features, labels, decay=0.01):
 def main(argv=None):
     args = parse_args(argv)
     network, _ = fid.load_network(args.features, "adm", args.features_weights)
-    train = rae_encoder.ImageData(args.data, 32)
-    test = rae_encoder.ImageData(args.test, 32)
-    train_features, photographs = features_of([train.path(i) for i in range(len(train))], network)
-    test_features, _ = features_of([test.path(i) for i in range(len(test))], network)
-
+    settings = json.loads(Path(args.samples, "settings.json").read_text())
+    folders = (args.data, args.test, args.samples)
+    train, test, samples = (rae_encoder.ImageData(folder, settings["crop"]) for folder in folders)
+    train_features, photographs, train_labels = features_of(train, network)
+    test_features, _, test_labels = features_of(test, network)
+    sample_features, pixels, _ = features_of(samples, network)
     # Image i of sample.py is of the class i, counted round.
-    classes = json.loads(Path(args.samples, "settings.json").read_text())["classes"]
-    paths = sorted(map(str, Path(args.samples).glob("*.png")))
-    sample_features, samples = features_of(paths, network)
-    sample_labels = torch.tensor([classes[int(Path(path).stem) % len(classes)] for path in paths])
+    classes = settings["classes"]
+    numbers = [int(Path(samples.path(i)).stem) for i in range(len(samples))]
+    sample_labels = torch.tensor([classes[number % len(classes)] for number in numbers])
 
-    train_labels = torch.as_tensor(train.labels).long()
-    test_labels = torch.as_tensor(test.labels).long()
     name = linear_probe(train_features, train_labels)
     nearest = torch.cdist(sample_features, train_features).min(1)
     result = {
@@ -95,8 +88,8 @@ def main(argv=None):
     }
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 
-    pairs = torch.stack([samples, photographs[nearest.indices]], 1)[:40]  # (40,2,3,H,W)
-    rows = [row.movedim(1, 0).flatten(0, 1) for row in pairs.split(10)]  # (20,3,H,W) each
+    pairs = torch.stack([pixels, photographs[nearest.indices]], 1)[:40]  # (40,2,3,S,S)
+    rows = [row.movedim(1, 0).flatten(0, 1) for row in pairs.split(10)]  # (20,3,S,S) each
     sheet = make_grid(torch.cat(rows), nrow=10)
     Image.fromarray(sheet.movedim(0, 2).numpy()).save(f"{args.samples.rstrip('/')}-nearest.png")
 

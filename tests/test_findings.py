@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -43,6 +44,24 @@ def test_each_row_runs_at_toy_size_and_once(name, toys, capsys):
     assert "nan" not in result["figures"]
 
 
+@pytest.mark.parametrize("script", ["rae_decoder_train", "flow_train"])
+def test_a_stopped_training_ends_the_table(toys, monkeypatch, script):
+    """A signal makes a main end early with a checkpoint, of which no row may draw samples."""
+
+    def stop(argv):
+        out = Path(argv[argv.index("--out") + 1])
+        out.mkdir(parents=True)
+        torch.save({"step": int(argv[argv.index("--steps") + 1]) - 1}, out / "last.pt")
+
+    monkeypatch.setattr(getattr(findings, script), "main", stop)
+    args = findings.parse_args(toys)
+    with pytest.raises(SystemExit, match="stopped"):
+        if script == "flow_train":
+            findings.flow(args, "stopped", "decoder.pt", steps=1000, flags=[])
+        else:
+            findings.decoder(args, "stopped", steps=1000)
+
+
 @pytest.mark.slow
 def test_probe_knows_copies_of_photographs_and_their_classes(toys, tmp_path, capsys):
     """Samples that are photographs lie at distance 0 of themselves, and show the class they are of."""
@@ -55,7 +74,7 @@ def test_probe_knows_copies_of_photographs_and_their_classes(toys, tmp_path, cap
     of_class = [np.flatnonzero(np.array(images.labels) == k) for k in range(count)]
     for i in range(40):
         shutil.copy(images.path(of_class[i % count][i // count]), samples / f"{i:06d}.png")
-    (samples / "settings.json").write_text(json.dumps({"classes": list(range(count))}))
+    (samples / "settings.json").write_text(json.dumps({"classes": list(range(count)), "crop": 32}))
 
     weights = toys[toys.index("--features-weights") + 1]
     flags = ["--data", data, "--test", data, "--features", "test_efficientnet", "--features-weights", weights]
@@ -73,6 +92,6 @@ def test_probe_knows_copies_of_photographs_and_their_classes(toys, tmp_path, cap
         assert (sheet[top : top + 32] == sheet[top + 34 : top + 66]).all()
 
     # Shifted labels: no sample is of its class any more.
-    (samples / "settings.json").write_text(json.dumps({"classes": [*range(1, count), 0]}))
+    (samples / "settings.json").write_text(json.dumps({"classes": [*range(1, count), 0], "crop": 32}))
     probe.main([str(samples), *flags])
     assert json.loads(capsys.readouterr().out)["named"] < 0.1
