@@ -4,8 +4,9 @@
         --encoder-weights vit_small.safetensors --features-weights efficientnet_lite0.safetensors
     python tests/findings.py ... --only shift      # one row
 
-Networks, latents, samples and figures are kept under --out and not made twice, so a killed run goes on. The
-six scripts do all the work; pictures and curves lie beside the figures. Photographs are seen as 8x8 tokens.
+Networks, samples and figures are kept under --out and not made twice, so a killed run goes on. The six
+scripts do all the work; pictures and curves lie beside the figures. Photographs are seen as 8x8 tokens. The
+minutes of a row are of its last run, without the networks that earlier rows had trained.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import io
 import json
 import multiprocessing
 import os
-import resource
+import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +37,13 @@ SEEDS = (0, 1)
 # The flow that most rows share
 FLOW = ["--prediction", "x", "--lr", "1e-3", "--ema", "0.99", "--label-std", "1"]
 FLOW_STEPS = 700
-# A public replication of the paper's findings, on DINOv2-B with tokens of 768
-REPLICATION = {
+# Published by a replication of the paper, on DINOv2-B with tokens of 768; or by a paper, where it is named
+PUBLISHED = {
     "width": "loss 0.671, 0.197, 0.135",
     "shift": "loss 1.1326, 0.9668; paper: FID 23.1, 4.8",
-    "noise": "tau 0: 25.65, 24.87, 24.84, 22.39 dB; tau 0.5: 25.30, 25.73, 24.44, 22.91 dB",
+    "noise": "tau 0: 25.87, 25.79, 25.66, 24.40, 22.97, 19.68 dB at 0, 0.1, 0.3, 0.5, 1, 2; of 500 "
+    "photographs, at 0, 0.3, 0.6, 1: tau 0: 25.65, 24.87, 24.84, 22.39 dB, "
+    "tau 0.5: 25.30, 25.73, 24.44, 22.91 dB",
     "head": "-47.8 % parameters, +30.4 % steps a second, -41.8 % memory, loss 1.1579, 1.1496",
     "representation": "paper: worse generation from latents that mean nothing",
     "layers": "RAEv2: PSNR 18.93 dB (one), 27.03 dB (23 layers)",
@@ -76,6 +80,9 @@ def photographs(args, num, copies=1):
     folder = f"{args.out}/photographs-{num}x{copies}"
     if not os.path.exists(folder):
         data = rae_encoder.ImageData(args.data, 32)
+        if len(data) < num:
+            raise SystemExit(f"{args.data} has {len(data)} photographs, and this takes {num}")
+        shutil.rmtree(f"{folder}.part", ignore_errors=True)  # of a run that was killed
         for _, i in rae_encoder.even_order(len(data), num, num)[0]:
             for k in range(copies):
                 link = Path(
@@ -212,7 +219,9 @@ def last_loss(checkpoint):
 
 def log_of(checkpoint):
     lines = Path(checkpoint).with_name("metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    # A killed run has some steps twice, of which the last counts.
+    records = {record["step"]: record for record in map(json.loads, lines) if "loss" in record}
+    return [records[step] for step in sorted(records)]
 
 
 def curves(path, runs):
@@ -235,11 +244,14 @@ def curves(path, runs):
     image.save(path)
 
 
-# The rows: each returns (one line of figures, whether the papers' direction came out)
+# The rows: each returns (one line of figures, {measure: whether the papers' direction came out})
 
 
 def width(args):
-    """4.1, theorem 1: DiTs narrower and wider than a token, fitted to one photograph."""
+    """4.1, theorem 1: DiTs narrower and wider than a token, fitted to one photograph.
+
+    width.png shows the photograph, and a sample of each.
+    """
     base = decoder(args, "all")
     statistics = f"{args.out}/stats.pt"
     photos = photographs(args, scaled(args, 2000, 32))
@@ -261,7 +273,7 @@ def width(args):
     curves(f"{args.out}/width-curves.png", runs)
     losses = [last_loss(run) for run in runs.values()]
     figures = ", ".join(f"{loss:.3f}" for loss in losses)
-    return f"widths 0.5, 1, 1.17 of a token: loss {figures}", losses[0] > losses[1] > losses[2]
+    return f"widths 0.5, 1, 1.17 of a token: loss {figures}", {"loss": losses[0] > losses[1] > losses[2]}
 
 
 def shift(args):
@@ -270,18 +282,24 @@ def shift(args):
     photos = photographs(args, scaled(args, 2000, 32))
     formula = flow_train.default_shift((384, 8, 8))
     distances = {}
+    losses = {}
     lines = []
     for a in (1.0, formula):
         flags = ["--model", "DiT-S", "--prediction", "v", "--time-dist", "uniform", "--shift", str(a)]
         run = flow(args, f"shift-{a:.2f}", base, 625, photos, flags=[*flags, "--cache-latents"])
         distances[a] = frechet(args, samples(args, f"shift-{a:.2f}", run))
+        losses[a] = last_loss(run)
         plain = loss_under(args, run, 1.0)
         shifted = loss_under(args, run, formula)
         lines.append(
-            f"shift {a:.2f}: loss {last_loss(run):.3f} (times of shift 1: {plain:.3f}, of the formula: "
+            f"shift {a:.2f}: loss {losses[a]:.3f} (times of shift 1: {plain:.3f}, of the formula: "
             f"{shifted:.3f}), FD {distances[a]:.0f}"
         )
-    return "; ".join(lines), distances[formula] < distances[1.0]
+    came_out = {
+        "loss under its own times": losses[formula] < losses[1.0],
+        "FD": distances[formula] < distances[1.0],
+    }
+    return "; ".join(lines), came_out
 
 
 def noise(args):
@@ -311,30 +329,37 @@ def noise(args):
             f"tau {tau}: {figures} dB at {', '.join(map(str, sigmas))}; FD of samples "
             f"{' and '.join(f'{value:.0f}' for value in judged)}"
         )
-    robust = table["0.5"][1] > table["0"][1]
-    return "; ".join(lines), robust and distances["0.5"] < distances["0"]
+    came_out = {"PSNR at sigma 1": table["0.5"][1] > table["0"][1], "FD": distances["0.5"] < distances["0"]}
+    return "; ".join(lines), came_out
 
 
-def measure_training(name, sizes, steps, queue):
-    """Parameters, steps a second, peak memory in GB and last loss of training steps on random latents."""
+def measure_training(name, sizes, steps):
+    """Millions of parameters, steps a second, peak memory in GB and mean of the last ten losses.
+
+    The latents are random. To be called in a process of its own, whose peak is of this training alone.
+    """
+    # All networks fit the same latents.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 384, 8, 8, generator=generator)
+    y = torch.arange(4)
+    torch.backends.cuda.enable_flash_sdp(False)  # as set_up of the trainings does on a CPU
     torch.manual_seed(0)
     model = dit_dh.build(name, latent_shape=(384, 8, 8), num_classes=10, **sizes)
     optimizer = flow_train.adamw(model)
     optimizer.param_groups[0]["lr"] = 2e-4
-    x = torch.randn(4, 384, 8, 8)
-    y = torch.arange(4)
+    losses = []
     start = None
     for step in range(steps):
         flow_train.seed_step(0, step, 0)
         terms, _ = flow_train.train_step(
             model, optimizer, x, y, time_dist="uniform", shift=2.45, clip=1.0, accum=1, precision="bf16"
         )
+        losses.append(terms["loss"].item())
         start = start or time.time()  # the first step allocates
     rate = (steps - 1) / max(time.time() - start, 1e-9)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    queue.put(
-        (sum(weight.numel() for weight in model.parameters()) / 1e6, rate, memory, terms["loss"].item())
-    )
+    status = Path("/proc/self/status").read_text()
+    memory = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return sum(weight.numel() for weight in model.parameters()) / 1e6, rate, memory, np.mean(losses[-10:])
 
 
 def head(args):
@@ -348,21 +373,18 @@ def head(args):
     context = multiprocessing.get_context("spawn")
     lines = []
     for label, (name, sizes) in networks.items():
-        queue = context.Queue()
-        steps = scaled(args, 50, 3)
-        process = context.Process(target=measure_training, args=(name, sizes, steps, queue))
-        process.start()
-        parameters, rate, memory, loss = queue.get()
-        process.join()
-        lines.append(f"{label}: {parameters:.0f} M, {rate:.3f} steps/s, {memory:.1f} GB, loss {loss:.3f}")
+        with ProcessPoolExecutor(1, context) as pool:
+            measured = pool.submit(measure_training, name, sizes, scaled(args, 50, 3)).result()
+        lines.append("{}: {:.0f} M, {:.3f} steps/s, {:.1f} GB, loss {:.3f}".format(label, *measured))
 
-    # At equal cost: a step of DiT-S takes as long as 1.43 steps of DiT-DH-XS.
+    # At equal cost: a step of DiT-S takes as long as 1.4 of DiT-DH-XS. (The shared flow also learns a base
+    # output, which costs little and which a DiT has not.)
     path = decoder(args, "all")
-    plain = flow(args, "no-head", path, 490, flags=["--model", "DiT-S", *FLOW])
+    plain = flow(args, "no-head", path, 500, flags=["--model", "DiT-S", *FLOW])
     with_head = frechet(args, samples(args, "all", shared_flow(args, "all", path)))
     without = frechet(args, samples(args, "no-head", plain))
-    lines.append(f"FD with head, 700 steps: {with_head:.0f}; without, 490 steps: {without:.0f}")
-    return "; ".join(lines), with_head < without
+    lines.append(f"FD with head, 700 steps: {with_head:.0f}; without, 500 steps: {without:.0f}")
+    return "; ".join(lines), {"FD at equal cost": with_head < without}
 
 
 def representation(args):
@@ -371,7 +393,7 @@ def representation(args):
         "trained": judge(args, "all", decoder(args, "all")),
         "untrained": judge(args, "untrained", decoder(args, "untrained", weights="random")),
     }
-    return both_figures(figures), figures["trained"][1] < figures["untrained"][1]
+    return both_figures(figures), {"FD": figures["trained"][1] < figures["untrained"][1]}
 
 
 def layers(args):
@@ -379,7 +401,11 @@ def layers(args):
     figures = {}
     for choice in ("last", "all"):
         figures[choice] = judge(args, choice, decoder(args, choice, layers=choice))
-    return both_figures(figures), figures["all"][0] > figures["last"][0]
+    came_out = {
+        "PSNR": figures["all"][0] > figures["last"][0],
+        "FD": figures["all"][1] < figures["last"][1],
+    }
+    return both_figures(figures), came_out
 
 
 def guidance(args):
@@ -395,7 +421,7 @@ def guidance(args):
         name = "guidance-" + label.replace(" ", "-")
         distances[label] = frechet(args, samples(args, name, strong, num=250, flags=options))
     figures = ", ".join(f"{label}: FD {distance:.0f}" for label, distance in distances.items())
-    return f"of 250 samples, {figures}", min(distances, key=distances.get) != "CFG 1"
+    return f"of 250 samples, {figures}", {"AutoGuidance": distances["AutoGuidance 1.5"] < distances["CFG 1"]}
 
 
 ROWS = {
@@ -415,7 +441,8 @@ def result_of(args, name):
     if not path.exists():
         started = time.time()
         figures, came_out = ROWS[name](args)
-        result = {"figures": figures, "came_out": bool(came_out), "minutes": (time.time() - started) / 60}
+        came_out = {measure: bool(word) for measure, word in came_out.items()}
+        result = {"figures": figures, "came_out": came_out, "minutes": (time.time() - started) / 60}
         rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(result).encode()))
     return json.loads(path.read_text())
 
@@ -423,14 +450,21 @@ def result_of(args, name):
 def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
-    print("| finding | here | there | direction | minutes |\n|---|---|---|---|---|", flush=True)
+    # Figures under --out are those of other flags, where flags differ.
+    settings = {key: value for key, value in vars(args).items() if key not in ("only", "workers")}
+    path = Path(args.out, "settings.json")
+    if path.exists():
+        rae_encoder.check_same(
+            settings, "this run", json.loads(path.read_text()), args.out, settings, "choose another --out"
+        )
+    rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(settings).encode()))
+
+    print("| finding | here | published | came out | minutes |\n|---|---|---|---|---|", flush=True)
     for name in [args.only] if args.only else ROWS:
         result = result_of(args, name)
-        word = "came out" if result["came_out"] else "did not come out"
-        print(
-            f"| {name} | {result['figures']} | {REPLICATION[name]} | {word} | {result['minutes']:.0f} |",
-            flush=True,
-        )
+        words = [f"{measure}: {'yes' if yes else 'no'}" for measure, yes in result["came_out"].items()]
+        cells = [name, result["figures"], PUBLISHED[name], ", ".join(words), f"{result['minutes']:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
         --features-weights efficientnet_lite0.safetensors
 
 A linear probe learns the classes of the photographs in --data. Printed is the part of the samples in which it
-names the class they were made for, beside that of the photographs in --test, and the mean distance to the
-nearest photograph in --data. Beside SAMPLES goes SAMPLES-nearest.png: samples over their nearest photographs.
+names the class they were made for, beside that of the photographs in --test; and the distance in features to
+the nearest photograph in --data or its mirror image: the mean, and the distance below which one in a hundred
+lies. Beside SAMPLES goes SAMPLES-nearest.png: the samples that are closest to a photograph, over it.
 """
 
 import argparse
@@ -32,17 +33,26 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, help="photographs to learn from, as class folders")
     parser.add_argument("--test", required=True, help="other photographs of the same classes")
     parser.add_argument("--features", default="tf_efficientnet_lite0", help="a timm model")
-    parser.add_argument("--features-weights", required=True)
+    parser.add_argument("--features-weights", help="default: the hub's")
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def features_of(data, network):
-    """Features (N,D), pixels, uint8 (N,3,S,S), and class numbers (N,) of an ImageData."""
+def read(data):
+    """All pixels, uint8 (N,3,S,S), and class numbers (N,) of an ImageData."""
     pixels, labels = zip(*(data[0, i] for i in range(len(data))), strict=True)
-    pixels = torch.stack(pixels)
-    features = [network(batch) for batch in tqdm(pixels.split(50), data.root)]
-    return torch.cat(features), pixels, torch.tensor(labels)
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+@torch.no_grad()
+def features_of(pixels, network, name):
+    """Features (N,D) of images."""
+    return torch.cat([network(batch) for batch in tqdm(pixels.split(50), name)])
+
+
+def nearest_of(views, photographs):
+    """Distances to, and numbers of, the photographs nearest to images seen in two views, (N,D) each."""
+    distances = torch.stack([torch.cdist(features, photographs) for features in views])  # (2,N,M)
+    return distances.amin(0).min(1)
 
 
 def linear_probe(features, labels, decay=0.01):
@@ -70,27 +80,40 @@ def main(argv=None):
     settings = json.loads(Path(args.samples, "settings.json").read_text())
     folders = (args.data, args.test, args.samples)
     train, test, samples = (rae_encoder.ImageData(folder, settings["crop"]) for folder in folders)
-    train_features, photographs, train_labels = features_of(train, network)
-    test_features, _, test_labels = features_of(test, network)
-    sample_features, pixels, _ = features_of(samples, network)
+    if train.classes != test.classes:
+        raise SystemExit(f"{args.data} and {args.test} have different classes; the probe needs the same")
+    photographs, train_labels = read(train)
+    test_pixels, test_labels = read(test)
+    pixels, _ = read(samples)
+    train_features = features_of(photographs, network, args.data)
+    # A training sees mirror images too. Mirroring the few images instead of all photographs is cheaper.
+    test_views = [features_of(views, network, args.test) for views in (test_pixels, test_pixels.flip(-1))]
+    views = [features_of(views, network, args.samples) for views in (pixels, pixels.flip(-1))]
     # Image i of sample.py is of the class i, counted round.
     classes = settings["classes"]
     numbers = [int(Path(samples.path(i)).stem) for i in range(len(samples))]
     sample_labels = torch.tensor([classes[number % len(classes)] for number in numbers])
 
     name = linear_probe(train_features, train_labels)
-    nearest = torch.cdist(sample_features, train_features).min(1)
+    nearest = nearest_of(views, train_features)
+    nearest_of_test = nearest_of(test_views, train_features)
     result = {
-        "named": (name(sample_features) == sample_labels).float().mean().item(),
-        "named_of_test": (name(test_features) == test_labels).float().mean().item(),
+        "named": (name(views[0]) == sample_labels).float().mean().item(),
+        "named_of_test": (name(test_views[0]) == test_labels).float().mean().item(),
         "nearest": nearest.values.mean().item(),
-        "nearest_of_test": torch.cdist(test_features, train_features).min(1).values.mean().item(),
+        "nearest_of_test": nearest_of_test.values.mean().item(),
+        "nearest_percent": nearest.values.quantile(0.01).item(),
+        "nearest_percent_of_test": nearest_of_test.values.quantile(0.01).item(),
     }
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 
-    pairs = torch.stack([pixels, photographs[nearest.indices]], 1)[:40]  # (40,2,3,S,S)
-    rows = [row.movedim(1, 0).flatten(0, 1) for row in pairs.split(10)]  # (20,3,S,S) each
-    sheet = make_grid(torch.cat(rows), nrow=10)
+    # Rows of ten: the closest samples, over the photographs beside which they look copied
+    columns = min(10, len(pixels))
+    count = min(40, len(pixels) // columns * columns)
+    closest = nearest.values.argsort()[:count]
+    pairs = torch.stack([pixels[closest], photographs[nearest.indices[closest]]], 1)  # (40,2,3,S,S)
+    rows = [row.movedim(1, 0).flatten(0, 1) for row in pairs.split(columns)]  # (20,3,S,S) each
+    sheet = make_grid(torch.cat(rows), nrow=columns)
     Image.fromarray(sheet.movedim(0, 2).numpy()).save(f"{args.samples.rstrip('/')}-nearest.png")
 
 
