@@ -435,6 +435,10 @@ ROWS = {
 }
 
 
+def write_json(path, value):
+    rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(value).encode()))
+
+
 def result_of(args, name):
     """A row's {"figures", "came_out", "minutes"}: those in the row's file, else made and written there."""
     path = Path(args.out, f"{name}.json")
@@ -443,21 +447,21 @@ def result_of(args, name):
         figures, came_out = ROWS[name](args)
         came_out = {measure: bool(word) for measure, word in came_out.items()}
         result = {"figures": figures, "came_out": came_out, "minutes": (time.time() - started) / 60}
-        rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(result).encode()))
+        write_json(path, result)
     return json.loads(path.read_text())
 
 
 def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
-    # Figures under --out are those of other flags, where flags differ.
-    settings = {key: value for key, value in vars(args).items() if key not in ("only", "workers")}
+    # Figures that are kept under --out belong to the flags that they were made with.
+    settings = {key: value for key, value in vars(args).items() if key not in ("only", "workers", "out")}
     path = Path(args.out, "settings.json")
     if path.exists():
         rae_encoder.check_same(
             settings, "this run", json.loads(path.read_text()), args.out, settings, "choose another --out"
         )
-    rae_encoder.write_file(str(path), lambda file: file.write(json.dumps(settings).encode()))
+    write_json(path, settings)
 
     print("| finding | here | published | came out | minutes |\n|---|---|---|---|---|", flush=True)
     for name in [args.only] if args.only else ROWS:

@@ -62,6 +62,22 @@ def test_a_stopped_training_ends_the_table(toys, monkeypatch, script):
             findings.decoder(args, "stopped", steps=1000)
 
 
+def test_figures_of_other_flags_are_not_taken(toys, tmp_path):
+    flags = [*toys[:-1], str(tmp_path)]
+    (tmp_path / "settings.json").write_text(json.dumps({"share": 0.5}))
+    with pytest.raises(SystemExit, match="share 0.002, .* has 0.5: choose another"):
+        findings.main(flags)
+
+
+def test_a_mirrored_copy_is_near():
+    photographs = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    plain = torch.tensor([[0.0, 5.0], [0.0, 1.0]])
+    mirrored = torch.tensor([[3.0, 4.0], [9.0, 9.0]])
+    nearest = probe.nearest_of([plain, mirrored], photographs)
+    assert nearest.values.tolist() == [0, 1]
+    assert nearest.indices.tolist() == [1, 0]
+
+
 @pytest.mark.slow
 def test_probe_knows_copies_of_photographs_and_their_classes(toys, tmp_path, capsys):
     """Samples that are photographs lie at distance 0 of themselves, and show the class they are of."""
