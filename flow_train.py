@@ -268,7 +268,7 @@ def main(argv=None):
     data = ImageData(args.data, args.image_size, seed=args.seed, skip_broken=args.skip_broken)
     steps, hold, decay = schedule(args, len(data), world)
     log = rae_encoder.open_log(args.out) if rank == 0 else None
-    start = rae_encoder.read_start(args, FORMAT)
+    start = rae_encoder.read_start(args, FORMAT, data.hash)
     encoder, network, ema, config = open_networks(args, data.classes, device)
     decoder_id = identify_decoder(args.decoder, config)
     optimizer = adamw(network)
@@ -284,7 +284,8 @@ def main(argv=None):
     model = rae_encoder.parallel(network, network.blocks, args.compile, device)
     # Added after resume has compared the configs: a run that goes on may have another decoder.
     config["decoder"] = decoder_id
-    checkpoint = {"config": config, "precision": precision, "mean": mean.cpu(), "var": var.cpu()}
+    checkpoint = {"config": config, "precision": precision, "images": data.hash}
+    checkpoint.update(mean=mean.cpu(), var=var.cpu())
 
     # First line of output and progress bar
     networks = f"{rae_encoder.encoder_summary(args, encoder)}, shift {config['shift']:.2f}; {args.model}"
@@ -476,7 +477,7 @@ def parse_args(argv=None):
         "--base-depth", type=positive_int, help="a second output after so many blocks, to guide by (RAEv2: 8)"
     )
     for size in dit_dh.DIMENSIONS:
-        add(f"--{size.replace('_', '-')}", type=positive_int, help="instead of the model's own (%(default)s)")
+        add(f"--{size.replace('_', '-')}", type=positive_int, help="default: the model's own")
 
     add = parser.add_argument_group("latents").add_argument
     add("--stats", metavar="FILE", help="latent statistics, or a flow's checkpoint; default: the data's own")

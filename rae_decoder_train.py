@@ -442,7 +442,7 @@ def main(argv=None):
     data = ImageData(args.data, args.image_size, "crop", args.seed, args.skip_broken)
     steps, warmup, disc_start, gan_start = schedule(args, len(data), world)
     log = rae_encoder.open_log(args.out) if rank == 0 else None
-    start = rae_encoder.read_start(args, FORMAT)
+    start = rae_encoder.read_start(args, FORMAT, data.hash)
     encoder, decoder, ema, config = open_networks(args, device)
     perceptual, disc, state = open_training(args, decoder, ema, device)
     disc_optimizer = state.get("disc_optimizer")
@@ -451,6 +451,7 @@ def main(argv=None):
     step = first = resume(start, config, state, steps)
     rae_encoder.check_ranks_agree(step=step, images=data.hash, encoder=encoder.hash)
     precision, why = rae_encoder.choose_precision(args.precision or start.get("precision"), device)
+    checkpoint = {"config": config, "precision": precision, "images": data.hash}
     model = rae_encoder.parallel(decoder, decoder.decoder_layers, args.compile, device)
     ddp_disc = rae_encoder.parallel(disc, [], args.compile, device) if disc else None
 
@@ -497,16 +498,15 @@ def main(argv=None):
         final = step == steps
         if final or stops or step % args.log_every == 0:
             report(log, progress, step, recent, lr, skipped)
-        # A preview that fails does not lose the step.
         if rank == 0 and (final or step % args.save_every == 0):
-            save(args, state, step, {"config": config, "precision": precision})
+            save(args, state, step, checkpoint)
         if rank == 0 and args.preview_every and (final or step % args.preview_every == 0):
-            save_preview(args.out, step, log, ema, encoder, data)
+            save_preview(args.out, step, log, ema, encoder, data)  # after the save, since it may fail
         progress.update()
 
     # A run that ends early leaves its last good step.
     if rank == 0 and first < step < steps:
-        save(args, state, step, {"config": config, "precision": precision})
+        save(args, state, step, checkpoint)
     command = next_command("flow_train.py", world, "--decoder", args.out, "flow")
     rae_encoder.end_of_run(args, rank, progress, step, steps, data, device, stops, command)
 
@@ -666,10 +666,8 @@ def build_decoder(file, encoder, raw_pixels):
 
 
 def released_state(file):
-    """The decoder's state dict in a file of the authors: bare, one level down, or beside its encoder's."""
-    for level in ("ema", "model", "module", "state_dict"):
-        if isinstance(file.get(level), dict):
-            file = file[level]
+    """The decoder's state dict in a file of the authors: bare, levels down, or beside its encoder's."""
+    file = rae_encoder.unwrapped(file)
     for other, name in KEY_PARTS.items():
         file = {key.replace(other, name): value for key, value in file.items()}
     inner = {key.removeprefix("decoder."): file[key] for key in file if key.startswith("decoder.")}

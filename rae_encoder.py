@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 import warnings
 import zipfile
 
@@ -492,6 +493,8 @@ def main(argv=None):
 
     # Everything that can be wrong is found before the work.
     data = ImageData(args.data, args.image_size, skip_broken=args.skip_broken)
+    if len(data) < world:
+        raise SystemExit(f"--data {args.data}: {len(data)} images, fewer than {world} ranks")
     if not os.access(os.path.dirname(args.out) or ".", os.W_OK):
         raise SystemExit(f"--out {args.out}: not in a folder that exists and can be written into")
     encoder = open_encoder(args).to(device)
@@ -675,8 +678,8 @@ def training_parser(description):
     parser = common_parser(description)
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_float, help="passes over the data (%(default)s)")
-    length.add_argument("--steps", type=positive_int, help="instead of --epochs (%(default)s)")
+    length.add_argument("--epochs", type=positive_float, help="passes over the data; default: the preset's")
+    length.add_argument("--steps", type=positive_int, help="instead of --epochs; default: the preset's")
     add = group.add_argument
     add("--accum", type=positive_int, default=1, help="micro-batches a step, to save memory (%(default)s)")
     add(
@@ -803,12 +806,8 @@ def product_rate(dtype):
     matrix = torch.ones(1024, 1024, dtype=dtype)
     # The first product compiles its kernel, and starts the threads.
     matrix @ matrix
-    fastest = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        matrix @ matrix
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * 1024**3 / fastest / 1e9
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1))  # of five
+    return 2 * 1024**3 / seconds / 1e9
 
 
 def join_ranks(device_name):
@@ -996,10 +995,10 @@ def log_picture(log, step, path):
         board.flush()
 
 
-def read_start(args, checkpoint_format):
+def read_start(args, checkpoint_format, images):
     """The checkpoint of --resume, or the run folder's last.pt, with its path; {} where there is none.
 
-    Raises SystemExit for a file of another format, and where the demo and another training meet.
+    images: the hash of the run's ImageData. Raises SystemExit for a file of another format or other images.
     """
     path = args.resume or f"{args.out}/last.pt"
     if not args.resume and not os.path.exists(path):
@@ -1008,9 +1007,9 @@ def read_start(args, checkpoint_format):
     if start.get("format") != checkpoint_format:
         raise SystemExit(f"--resume {path}: not a {checkpoint_format} checkpoint")
     # This check needs no encoder, which may have to be fetched before configs can be compared.
-    before = start["args"]["preset"]
-    if "demo" in (before, args.preset) and before != args.preset:
-        raise SystemExit(f"{path} is of --preset {before}, this run is of {args.preset}: name another --out")
+    if start.get("images", images) != images:
+        before = start["args"]["data"]
+        raise SystemExit(f"{path} is of other images ({before}) than --data {args.data}: name another --out")
     return {**start, "path": path}
 
 
@@ -1179,9 +1178,17 @@ def fingerprint(tensors):
     return digest.hexdigest()[:12]
 
 
+def unwrapped(file):
+    """The state dict in a file of weights: bare, or one or more levels down, the EMA where there is one."""
+    for level in ("ema", "model", "module", "state_dict"):
+        if isinstance(file.get(level), dict):
+            file = file[level]
+    return file
+
+
 def weights_hash(file):
     """A short hash of the first values of each tensor in a file of weights, of its EMA where it has one."""
-    state = file.get("ema") or file.get("model") or file
+    state = unwrapped(file)
     return fingerprint(state[key].flatten()[:1000] for key in sorted(state) if torch.is_tensor(state[key]))
 
 

@@ -97,6 +97,7 @@ AUTOGUIDE = {
     "imagenet256": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt", 1.42),
     "imagenet512": (f"{HUB}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", 1.5),
 }
+GUIDE_KEYS = (*LATENTS, "num_classes", "classes")  # a network and the weak one that guides it agree in these
 
 
 def time_grid(steps, a, t_end=0.0):
@@ -183,8 +184,8 @@ def to_pixels(images):
 def open_sampling(args, device):
     """Open and check all that sampling needs; returns (num, summary, settings, images, None).
 
-    settings: all that decides the pixels, and what fid.py asks for. images: a function from lists of indices
-    below num to the images (B,3,S,S) of each. Raises SystemExit for files that don't belong together.
+    settings: all that decides the pixels, then what fid.py asks for. images: a function from lists of
+    indices to their images (B,3,S,S). Raises SystemExit for files that don't belong together.
     """
     model, config = open_flow(args, args.flow, "--flow", device)
     path = choose_decoder(args, config)
@@ -194,14 +195,15 @@ def open_sampling(args, device):
     if args.autoguide is not None:
         weak_path = args.autoguide or AUTOGUIDE[args.preset][0]
         weak, weak_config = open_flow(args, weak_path, "--autoguide", device)
-        keys = (*LATENTS, "num_classes", "classes")
-        check_same(config, f"--flow {args.flow}", weak_config, f"--autoguide {weak_path}", keys)
+        check_same(config, f"--flow {args.flow}", weak_config, f"--autoguide {weak_path}", GUIDE_KEYS)
+        weak_mean, _ = open_statistics(args, known | weak_config, device)  # a bare file has the flow's
+        if not torch.allclose(weak_mean, mean, atol=0.01):
+            raise SystemExit(f"--autoguide {weak_path}: trained with other latent statistics than --flow")
 
     # The demo's small network draws shapes only when it is guided.
     demo = known.get("preset") == "demo"
     steps = args.steps or (25 if demo else 50)
-    default_scale = 2.0 if demo else 1.0
-    scale = default_scale if args.cfg is None else args.cfg
+    scale = args.cfg if args.cfg is not None else (2.0 if demo else 1.0)
     internal = args.internal_guidance
     if internal is not None and model.base_depth is None:
         raise SystemExit(f"--internal-guidance: {args.flow} has no base output (flow_train.py --base-depth)")
@@ -221,7 +223,6 @@ def open_sampling(args, device):
         z = sample_latents(velocity, noise, grid, heun=args.solver == "heun")  # (B,C,G,G)
         return decoder(z * std + mean)  # (B,3,S,S)
 
-    # The last three keys are for fid.py.
     settings = {
         "flow": weights_hash({**model.state_dict(), "mean": mean, "std": std}),
         "decoder": known["decoder_hash"],
@@ -278,7 +279,9 @@ def open_decoder(args, path, flow_config, device):
     """Open a decoder that fits a flow; returns it and what its file tells, of a bare one shapes and flags."""
     # load_decoder takes this encoder's mean and std for a bare decoder.
     encoder = args.encoder or flow_config.get("encoder", "dinov2-base")
-    decoder, config = load_decoder(path, encoder, "--decoder", args.raw_pixels)
+    # A flow of RAEv2's preset, too, says that its decoder's pixels are raw.
+    raw_pixels = args.raw_pixels or flow_config.get("preset") == "raev2"
+    decoder, config = load_decoder(path, encoder, "--decoder", raw_pixels)
     shape = [decoder.decoder_embed.in_features, decoder.grid, decoder.grid]  # (C,G,G)
     config = {"encoder": timm_name(encoder), "latent_shape": shape, **config}
     check_same(flow_config, f"--flow {args.flow}", config, f"--decoder {path}")

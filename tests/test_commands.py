@@ -80,7 +80,7 @@ def chain(tmp_path_factory):
         run_ranks(rae_decoder_train.main, short, world=2)
         run_ranks(flow_train.main, short, world=2)
         run_ranks(sample.main, words("-n 8 --steps 2"), world=2)
-        run_ranks(fid.main, words("--num 8 --ref-num 8 --metrics is,prec,rec --workers 0 --json"))
+        run_ranks(fid.main, words("--num 8 --ref-num 8 --metrics is,prec,rec --workers 1 --json"))
         return folder, json.loads(Path("stdout-0").read_text())
 
 
@@ -296,7 +296,7 @@ def read_late():
     """Rank 1's disk still shows the checkpoint of before."""
     if os.environ["RANK"] == "1":
         read_start = rae_encoder.read_start
-        rae_encoder.read_start = lambda args, form: read_start(args, form) | read("before.pt")
+        rae_encoder.read_start = lambda *args: read_start(*args) | read("before.pt")
 
 
 @pytest.mark.slow
@@ -366,8 +366,8 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(folder, monkeypatch,
 
 
 @each_stage
-def test_the_demos_folder_is_refused_before_anything_is_fetched(folder, monkeypatch, script):
-    """Other data in a run folder of the demo, and the demo in one of other data."""
+def test_a_folder_of_other_images_is_refused_before_anything_is_fetched(folder, monkeypatch, script):
+    """The run folder is another data set's; a demo's in the run of one's own images, and the reverse."""
 
     def fetch(*args, **options):
         raise AssertionError("weights are fetched")
@@ -378,10 +378,14 @@ def test_the_demos_folder_is_refused_before_anything_is_fetched(folder, monkeypa
         short.append("--decoder=")
     os.makedirs("runs")
     Path("runs/metrics.jsonl").touch()
-    for before, now, data in (("demo", "small", ["--data", "data/demo"]), ("small", "demo", [])):
-        torch.save({"format": script.FORMAT, "args": {"preset": before}}, "runs/last.pt")
-        line = message(script.main, [*data, *short])
-        assert line.startswith(f"runs/last.pt is of --preset {before}, this run is of {now}: name another")
+    shutil.copytree("data/demo", "cats")
+    image = next(Path("cats").rglob("*.png"))
+    image.rename(image.with_name("cat.png"))
+    for before, now, flags in (("data/demo", "cats", ["--data", "cats"]), ("cats", "data/demo", [])):
+        images = rae_encoder.ImageData(before, 32).hash
+        torch.save({"format": script.FORMAT, "images": images, "args": {"data": before}}, "runs/last.pt")
+        line = message(script.main, [*flags, *short])
+        assert line == f"runs/last.pt is of other images ({before}) than --data {now}: name another --out"
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,12 @@ def test_the_command_replaces_and_counts_broken_images(cats, tmp_path, capsys):
     assert message(run, data, "--out", "nowhere/x.pt").startswith("--out nowhere/x.pt: not in a folder")
 
 
+def test_the_command_needs_an_image_for_each_rank(cats, tmp_path, monkeypatch):
+    monkeypatch.setattr(rae_encoder, "set_up", lambda args: (0, 12, torch.device("cpu")))
+    line = message(run, cats, "--out", tmp_path / "x.pt")
+    assert line == f"--data {cats}: 11 images, fewer than 12 ranks"
+
+
 def test_the_demo_says_that_it_is_one(folder, capsys):
     rae_encoder.main(["--workers", "0"])
     text = "The demo: its numbers compare with nothing. 22 images of data/demo, classes: 4 (bar, circle, "

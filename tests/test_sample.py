@@ -413,6 +413,15 @@ def test_which_decoder(work):
     assert sample.choose_decoder(sample.parse_args([*preset, "--decoder", "x.pt"]), own) == "x.pt"
 
 
+def test_a_flow_of_raev2s_preset_tells_that_its_bare_decoder_puts_out_pixels(work):
+    torch.save(read("decoder.pt")["ema"], "bare.pt")
+    alter("flow.pt", "raev2.pt", args={"preset": "raev2"})
+    for out, flags in (("flag", "flow.pt --raw-pixels"), ("preset", "raev2.pt"), ("neither", "flow.pt")):
+        run(f"--decoder bare.pt -n 2 --steps 2 --out {out} --flow {flags}")
+    assert difference("flag", "preset") == 0
+    assert difference("flag", "neither") > 3
+
+
 @pytest.mark.slow
 def test_files_that_do_not_fit(work):
     """Each file is compared by what its checkpoint tells, not by shapes alone, before anything is done."""
@@ -433,6 +442,9 @@ def test_files_that_do_not_fit(work):
     torch.save({"mean": torch.zeros(SHAPE), "var": torch.ones(SHAPE)}, "stats.pt")
     known = {"encoder_hash": read("flow.pt")["config"]["encoder_hash"], "layers": [1, 2]}
     alter("stats.pt", "stats-of-layers.pt", config=known)
+    mean = read("flow.pt")["mean"]
+    alter("flow.pt", "means.pt", mean=mean + 0.05)
+    alter("flow.pt", "rounded.pt", mean=mean + 1e-4)
     Path("junk.pt").write_text("junk")
     Path("empty").mkdir()
 
@@ -454,6 +466,7 @@ def test_files_that_do_not_fit(work):
         (f"{weak} names.pt", ("classes ['cat', 'dog', '7']", "names.pt has ['cat', 'dog', 'bird']")),
         (f"{weak} two.pt", ("num_classes 3", "two.pt has 2")),
         (f"{weak} bare-two.pt", ("num_classes 3", "bare-two.pt has 2")),
+        (f"{weak} means.pt", ("--autoguide means.pt: trained with other latent statistics",)),
         ("--stats layers.pt", ("layers None", "--stats layers.pt has [1, 2, 3]")),
         ("--stats pixels.pt", ("image_size 32", "--stats pixels.pt has 64")),
         ("--flow bare-flow.pt", ("--flow bare-flow.pt", "--stats FILE")),
@@ -468,9 +481,9 @@ def test_files_that_do_not_fit(work):
         assert f"--reconstruct {source}" in refusal("--decoder decoder.pt --reconstruct", source, "--out out")
     assert not Path("out").exists()
 
-    for k, flags in enumerate((f"{weak} dit.pt", f"{weak} bare-vit.pt", "--stats stats.pt")):
+    fit = (f"{weak} dit.pt", f"{weak} rounded.pt", f"{weak} bare-vit.pt", "--stats stats.pt")
+    for k, flags in enumerate((*fit, "--flow bare-vit.pt --stats stats.pt")):
         run(PAIR, flags, "-n 1 --out", k)
-    run(PAIR, "--flow bare-vit.pt --stats stats.pt -n 1 --out 3")
 
 
 def test_encoder_of_a_bare_decoder(work):
