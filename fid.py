@@ -219,7 +219,7 @@ def extract(source, network, batch_size, workers, device):
     features = []
     starts = range(0, len(source.items), batch_size)
     # Pillow decodes without Python's lock, and a GPU computes while the next batch is decoded.
-    with ThreadPoolExecutor(workers) as threads:
+    with ThreadPoolExecutor(workers or 1) as threads:
         for i in tqdm(starts, source.path):
             images = threads.map(source.read, source.items[i : i + batch_size])
             batch = torch.stack(list(images)).to(device)  # uint8 (B,3,H,W)
@@ -332,7 +332,7 @@ def parse_args(argv=None):
 
     # These flags change no result.
     add("--batch-size", type=positive_int, default=32, help="images a step; changes no result (%(default)s)")
-    add("--workers", type=positive_int, default=8, help="threads that decode (%(default)s)")
+    add("--workers", type=non_negative_int, default=8, help="threads that decode (%(default)s)")
     add(
         "--device",
         type=usable_device,
@@ -366,12 +366,17 @@ def defaults_of_samples(folder):
     return defaults | DEMO if settings["demo"] else defaults
 
 
-def positive_int(text):
+def positive_int(text, least=1):
     """Convert the text of a flag to a whole number from 1."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text}")
     return number
+
+
+def non_negative_int(text):
+    """Convert the text of a flag to a whole number from 0."""
+    return positive_int(text, least=0)
 
 
 def usable_device(name):

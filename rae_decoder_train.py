@@ -775,9 +775,7 @@ def record_update(network, step, terms, finite, recent, skipped, stops, progress
 
 def report(log, progress, step, recent, lr, skipped):
     """Log the mean of each term over the updates since the last report, and clear `recent`."""
-    record = {}
-    for name, values in recent.items():
-        record[name] = torch.stack(values).mean().item()
+    record = {name: torch.stack(values).mean().item() for name, values in recent.items()}
     recent.clear()
     if log:
         write_log(log, step, {**record, "lr": lr, "skipped": skipped["all"]})
@@ -794,8 +792,10 @@ def resume(start, config, state, steps):
     check_same(config, "this run", start["config"], start["path"], config, "same flags, or another --out")
     # A checkpoint beyond this run's end is refused instead of silently doing nothing.
     if start["step"] > steps:
-        problem = f"{start['path']} is at step {start['step']}, this run ends at {steps}"
-        raise SystemExit(f"{problem}: more --steps or --epochs, or another --out")
+        raise SystemExit(
+            f"{start['path']} is at step {start['step']}, this run ends at {steps}: more --steps or "
+            "--epochs, or another --out"
+        )
     for name, owner in state.items():
         # A copy, since an optimizer would keep the file mapped that the next save replaces.
         owner.load_state_dict(copy.deepcopy(start.pop(name)))

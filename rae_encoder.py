@@ -727,11 +727,11 @@ def with_preset(parser, presets, explicit, inherited=()):
     args.explicit holds the flags of the command line. Raises SystemExit for a preset without its data.
     """
     # A preset may come with the checkpoint; without one, the presence of --data decides.
-    known = {**dict(inherited), **explicit}
+    known = dict(inherited) | explicit
     name = known.get("preset", "small" if "data" in explicit else "demo")
     if name == "demo" and "data" in explicit:
         raise SystemExit(f"--data {explicit['data']}: the demo draws its own images; name another --preset")
-    parser.set_defaults(**{**presets[name], **known, "preset": name, "explicit": explicit})
+    parser.set_defaults(**presets[name] | known | {"preset": name, "explicit": explicit})
     # plan_steps prefers --steps, so those of a preset must give way to --epochs on the command line.
     if "epochs" in explicit:
         parser.set_defaults(steps=None)
@@ -806,8 +806,7 @@ def product_rate(dtype):
     matrix = torch.ones(1024, 1024, dtype=dtype)
     # The first product compiles its kernel, and starts the threads.
     matrix @ matrix
-    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1))  # of five
-    return 2 * 1024**3 / seconds / 1e9
+    return 2 * 1024**3 / 1e9 / min(timeit.repeat(lambda: matrix @ matrix, number=1))  # of five
 
 
 def join_ranks(device_name):

@@ -80,7 +80,7 @@ def chain(tmp_path_factory):
         run_ranks(rae_decoder_train.main, short, world=2)
         run_ranks(flow_train.main, short, world=2)
         run_ranks(sample.main, words("-n 8 --steps 2"), world=2)
-        run_ranks(fid.main, words("--num 8 --ref-num 8 --metrics is,prec,rec --workers 1 --json"))
+        run_ranks(fid.main, words("--num 8 --ref-num 8 --metrics is,prec,rec --workers 0 --json"))
         return folder, json.loads(Path("stdout-0").read_text())
 
 

@@ -554,14 +554,14 @@ def test_the_last_line(work, capsys):
 @pytest.mark.slow
 def test_settings_guard(twenty, copy_of_twenty, folder, tmp_path):
     """A folder of other settings is refused, and the message says which; more of the same is welcome."""
-    other = write_flow(tmp_path / "other.pt", seed=1)
+    flow = read(folder / "flow.pt")
+    other = alter(write_flow(tmp_path / "other.pt", seed=1), mean=flow["mean"])
     later = {}
     for name, key in (("flow", "blocks.0.attn.proj.weight"), ("decoder", "decoder_embed.weight")):
         ema = read(folder / f"{name}.pt")["ema"]
         ema[key] = ema[key] + 1e-6  # one more step of training, under the old name
         later[name] = alter(folder / f"{name}.pt", tmp_path / f"{name}.pt", ema=ema)
-    moments = read(folder / "flow.pt")["mean"] + 0.01
-    later["mean"] = alter(folder / "flow.pt", tmp_path / "mean.pt", mean=moments)
+    later["mean"] = alter(folder / "flow.pt", tmp_path / "mean.pt", mean=flow["mean"] + 0.01)
     sizes = dict(name="ViT-mini", channels=SHAPE[0], grid=2, patch_size=16, mean=[0.0] * 3, std=[0.25] * 3)
     later["pixels"] = write_decoder(tmp_path / "pixels.pt", decoder=sizes)
     for change, words in (
