@@ -666,7 +666,7 @@ def build_decoder(file, encoder, raw_pixels):
 
 
 def released_state(file):
-    """The decoder's state dict in a file of the authors: bare, levels down, or beside its encoder's."""
+    """The decoder's state dict in a file of the authors: bare, wrapped, or beside its encoder's."""
     file = rae_encoder.unwrapped(file)
     for other, name in KEY_PARTS.items():
         file = {key.replace(other, name): value for key, value in file.items()}

@@ -806,7 +806,7 @@ def product_rate(dtype):
     matrix = torch.ones(1024, 1024, dtype=dtype)
     # The first product compiles its kernel, and starts the threads.
     matrix @ matrix
-    return 2 * 1024**3 / 1e9 / min(timeit.repeat(lambda: matrix @ matrix, number=1))  # of five
+    return 2 * 1024**3 / 1e9 / min(timeit.repeat(lambda: matrix @ matrix, number=1))
 
 
 def join_ranks(device_name):

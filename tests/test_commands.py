@@ -367,7 +367,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(folder, monkeypatch,
 
 @each_stage
 def test_a_folder_of_other_images_is_refused_before_anything_is_fetched(folder, monkeypatch, script):
-    """The run folder is another data set's; a demo's in the run of one's own images, and the reverse."""
+    """One's own images in a run folder of the demo, and the demo's in one of one's own."""
 
     def fetch(*args, **options):
         raise AssertionError("weights are fetched")
